@@ -1,0 +1,34 @@
+"""EMMA (Efficient Multi-Modal Adaptation, arXiv 2410.02080) for Transformers 4.57 and 5."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_emma import EmmaConfig
+from .image_processing_emma import EmmaImageProcessor
+from .modeling_emma import EmmaForConditionalGeneration, EmmaModel, EmmaPreTrainedModel
+from .processing_emma import EmmaProcessor
+
+try:
+    from transformers import AutoModelForVision2Seq
+except ImportError:
+    # Gone in Transformers 5, where its successor does the same.
+    AutoModelForVision2Seq = AutoModelForImageTextToText
+
+__version__ = "0.1.0"
+
+AutoConfig.register(EmmaConfig.model_type, EmmaConfig)
+AutoModel.register(EmmaConfig, EmmaModel)
+AutoModelForImageTextToText.register(EmmaConfig, EmmaForConditionalGeneration)
+if AutoModelForVision2Seq is not AutoModelForImageTextToText:
+    AutoModelForVision2Seq.register(EmmaConfig, EmmaForConditionalGeneration)
+AutoProcessor.register(EmmaConfig, EmmaProcessor)
+AutoImageProcessor.register(EmmaConfig, slow_image_processor_class=EmmaImageProcessor)
+
+__all__ = [
+    "AutoModelForVision2Seq",
+    "EmmaConfig",
+    "EmmaForConditionalGeneration",
+    "EmmaImageProcessor",
+    "EmmaModel",
+    "EmmaPreTrainedModel",
+    "EmmaProcessor",
+]

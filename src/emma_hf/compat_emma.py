@@ -1,0 +1,98 @@
+"""The only place that knows Transformers versions. Each entry says at which version it can go.
+
+The package runs on Transformers 4.57 and 5.x. Everything else in it is written as if there were one version.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+# Weight names of the two towers that Transformers 4.57 nests one level deeper. Files on disk keep the deeper name, the
+# one that both versions load. Goes with 4.57.
+NESTED_TOWERS = {"vision_tower": "vision_model", "instruction_encoder": "text_model"}
+
+# Transformers 5 maps tied weights to their source, 4.57 lists them. Goes with 4.57.
+TIED_WEIGHTS_KEYS = (
+    {"lm_head.weight": "model.language_model.embed_tokens.weight"} if TRANSFORMERS_5 else ["lm_head.weight"]
+)
+
+# Tensor-parallel plan of the head, renamed in 5. Goes with 4.57.
+HEAD_TP_PLAN = {"lm_head": "colwise_gather_output" if TRANSFORMERS_5 else "colwise_rep"}
+
+
+def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
+    """Language model config values as this version reads them.
+
+    Transformers 5 stores the rotary base inside `rope_parameters`, a key that 4.57 keeps without using: the model would
+    run with the default base. Goes with 4.57.
+    """
+    values = dict(values)
+    rope = values.get("rope_parameters")
+    if not TRANSFORMERS_5 and rope:
+        rope = dict(values.pop("rope_parameters"))
+        values.setdefault("rope_theta", rope.pop("rope_theta", 10000.0))
+        if rope.get("rope_type", "default") != "default":
+            values.setdefault("rope_scaling", rope)
+    return values
+
+
+def core_of(tower: nn.Module) -> nn.Module:
+    """The module that holds a CLIP tower's embeddings and layers: one level down in 4.57. Goes with 4.57."""
+    return getattr(tower, "vision_model", None) or getattr(tower, "text_model", None) or tower
+
+
+def clip_layer(layer: nn.Module, hidden_states: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """Run one CLIP encoder layer on `hidden_states` (batch, tokens, width). Goes with 4.57.
+
+    4.57 takes the causal mask as an argument of its own and returns a tuple.
+    """
+    if TRANSFORMERS_5:
+        return layer(hidden_states, attention_mask=mask, **({"is_causal": True} if causal else {}))
+    return layer(hidden_states, attention_mask=None, causal_attention_mask=mask)[0]
+
+
+def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Causal mask of CLIP's text encoder for embeddings (batch, tokens, width), as its own forward makes it.
+
+    Goes with 4.57.
+    """
+    if TRANSFORMERS_5:
+        from transformers.masking_utils import create_causal_mask
+
+        return create_causal_mask(
+            config=config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+        )
+    from transformers.modeling_attn_mask_utils import _create_4d_causal_attention_mask
+
+    return _create_4d_causal_attention_mask(hidden_states.shape[:2], hidden_states.dtype, hidden_states.device)
+
+
+def tower_key_mapping() -> dict[str, str] | None:
+    """`key_mapping` with which 4.57 reads a checkpoint whose towers carry the flat names of 5. Goes with 4.57."""
+    if TRANSFORMERS_5:
+        return None
+    return {rf"^((?:model\.)?{tower})\.(?!{inner}\.)": rf"\1.{inner}." for tower, inner in NESTED_TOWERS.items()}
+
+
+def keep_nested_names_on_save(model: nn.Module) -> None:
+    """Make `save_pretrained` of Transformers 5 write the towers under their 4.57 names. Goes with 4.57.
+
+    5.x remembers how a checkpoint was renamed on loading and undoes it on saving; a model that was not loaded, or was
+    loaded from flat names, has nothing to undo, so the rule is put there.
+    """
+    if not TRANSFORMERS_5:
+        return
+    from transformers.core_model_loading import PrefixChange
+
+    rules = []
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    for tower, inner in NESTED_TOWERS.items():
+        rule = PrefixChange(prefix_to_remove=inner)
+        rule.scope_prefix, rule.base_model_prefix = f"{prefix}{tower}", ""
+        rules.append(rule)
+    kept = [rule for rule in getattr(model, "_weight_conversions", None) or [] if not isinstance(rule, PrefixChange)]
+    model._weight_conversions = rules + kept

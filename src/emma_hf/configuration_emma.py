@@ -1,0 +1,257 @@
+"""Configuration of EMMA: the two CLIP towers, the language model and the module between them."""
+
+import difflib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.configuration_utils import PretrainedConfig
+
+from .compat_emma import text_config_from_dict
+
+logger = logging.getLogger(__name__)
+
+# Every Python file that travels next to the weights. A Hub folder is flat: each of these imports only its siblings,
+# torch, transformers, numpy and Pillow; anything else stands in a `try` in the file that uses it.
+HUB_FILES = (
+    "configuration_emma.py",
+    "modeling_emma.py",
+    "processing_emma.py",
+    "image_processing_emma.py",
+    "instruction_emma.py",
+    "compat_emma.py",
+)
+
+# What `trust_remote_code` loads. `AutoModelForVision2Seq` is the name in Transformers 4.57, gone in 5.
+AUTO_MAP = {
+    "AutoConfig": "configuration_emma.EmmaConfig",
+    "AutoModel": "modeling_emma.EmmaModel",
+    "AutoModelForImageTextToText": "modeling_emma.EmmaForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_emma.EmmaForConditionalGeneration",
+    "AutoProcessor": "processing_emma.EmmaProcessor",
+    "AutoImageProcessor": "image_processing_emma.EmmaImageProcessor",
+}
+
+# The released model: CLIP ViT-L/14-336 with its text encoder, and Vicuna-7B v1.5 with one more row for `<image>`.
+CLIP_VISION_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+CLIP_TEXT_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "projection_dim": 768,
+}
+VICUNA_DEFAULTS = {
+    "model_type": "llama",
+    "vocab_size": 32001,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+# Number of instruction tokens that each strategy keeps out of `length`
+# (the authors' `mm_text_select_feature`: cls_patch, patch, cls).
+INSTRUCTION_TOKENS_KEPT = {
+    "full": lambda length: length,
+    "patch": lambda length: length - 1,
+    "cls": lambda length: 1,
+}
+
+
+class EmmaConfig(PretrainedConfig):
+    """Configuration of [`EmmaModel`] and [`EmmaForConditionalGeneration`].
+
+    `EmmaConfig()` describes the converted released 7B model.
+
+    Args:
+        vision_config: CLIP vision tower, a `CLIPVisionConfig` or its dictionary. Default: ViT-L/14 at 336 pixels.
+        instruction_config: CLIP text encoder that reads the instruction, a `CLIPTextConfig` or its dictionary.
+        text_config: language model, any causal language model's config or its dictionary. Default: Vicuna-7B v1.5.
+        image_token_index: id of the `<image>` placeholder, inside the vocabulary. Default: its last id.
+            Also readable as `image_token_id`.
+        image_seq_length: visual tokens per image. Default: what the vision tower gives.
+        vision_feature_layer: index into the vision tower's hidden states (`mm_vision_select_layer`).
+        vision_feature_select_strategy: `"default"` drops the class token, `"full"` keeps it.
+        instruction_feature_layer: index into the instruction encoder's hidden states (`mm_text_select_layer`).
+        instruction_feature_select_strategy: `"full"` (all tokens, the released setting), `"patch"` (without the
+            first) or `"cls"` (the first only); the authors' `mm_text_select_feature`.
+        instruction_length: instruction tokens per image, padding included.
+        visual_offset: whether a learned (visual tokens, vision width) offset is added to the fused tokens (the
+            authors' `encoder_version` v3).
+        projector_hidden_act: activation of the projector.
+        fusion_implementation: `"auto"`, `"eager"` or `"triton"`: how the modality adaptation is computed.
+
+    Raises:
+        ValueError: a value outside its choices, or token counts that disagree with the towers.
+    """
+
+    model_type = "emma"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {
+        "vision_config": CLIPVisionConfig,
+        "instruction_config": CLIPTextConfig,
+        "text_config": AutoConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_config: CLIPVisionConfig | dict[str, Any] | None = None,
+        instruction_config: CLIPTextConfig | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        image_token_index: int | None = None,
+        image_seq_length: int | None = None,
+        vision_feature_layer: int = -2,
+        vision_feature_select_strategy: str = "default",
+        instruction_feature_layer: int = -2,
+        instruction_feature_select_strategy: str = "full",
+        instruction_length: int = 77,
+        visual_offset: bool = False,
+        projector_hidden_act: str = "gelu",
+        fusion_implementation: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)
+        self.instruction_config = _sub_config(instruction_config, CLIPTextConfig, CLIP_TEXT_DEFAULTS)
+        if text_config is None:
+            text_config = VICUNA_DEFAULTS
+        if isinstance(text_config, dict):
+            text_config = text_config_from_dict(text_config)
+            text_config = CONFIG_MAPPING[text_config.pop("model_type", "llama")](**text_config)
+        self.text_config = text_config
+
+        if "image_token_id" in kwargs:
+            image_token_index = kwargs.pop("image_token_id")
+        self.image_token_index = text_config.vocab_size - 1 if image_token_index is None else image_token_index
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.instruction_feature_layer = instruction_feature_layer
+        self.instruction_feature_select_strategy = instruction_feature_select_strategy
+        self.instruction_length = instruction_length
+        self.visual_offset = visual_offset
+        self.projector_hidden_act = projector_hidden_act
+        self.fusion_implementation = fusion_implementation
+        self.image_seq_length = self._vision_tokens() if image_seq_length is None else image_seq_length
+        self._validate()
+        self._warn_of_misspelt(kwargs)
+
+        # The head is tied, or not, as the language model's own checkpoint has it.
+        kwargs.pop("tie_word_embeddings", None)
+        kwargs.pop("auto_map", None)
+        super().__init__(tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False), **kwargs)
+
+    @property
+    def instruction_seq_length(self) -> int:
+        """Instruction tokens that enter the visual alignment."""
+        return INSTRUCTION_TOKENS_KEPT[self.instruction_feature_select_strategy](self.instruction_length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Like the base class, with the complete `auto_map`, whatever the model was loaded through."""
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Like the base class, with the code files that `trust_remote_code` runs beside it."""
+        copy_hub_files(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _vision_tokens(self) -> int:
+        vision = self.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (self.vision_feature_select_strategy == "full")
+
+    def _validate(self) -> None:
+        _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
+        _one_of(
+            "instruction_feature_select_strategy",
+            self.instruction_feature_select_strategy,
+            tuple(INSTRUCTION_TOKENS_KEPT),
+        )
+        _one_of("fusion_implementation", self.fusion_implementation, ("auto", "eager", "triton"))
+        _hidden_state_index("vision_feature_layer", self.vision_feature_layer, self.vision_config)
+        _hidden_state_index("instruction_feature_layer", self.instruction_feature_layer, self.instruction_config)
+        if self.image_seq_length != self._vision_tokens():
+            raise ValueError(
+                f"`image_seq_length` must be the number of tokens that the vision tower gives for one image: got "
+                f"{self.image_seq_length}, but a picture of {self.vision_config.image_size} pixels in patches of "
+                f"{self.vision_config.patch_size} with vision_feature_select_strategy="
+                f"{self.vision_feature_select_strategy!r} gives {self._vision_tokens()}. Leave `image_seq_length` out "
+                "or correct `vision_config`."
+            )
+        positions = self.instruction_config.max_position_embeddings
+        if not 2 <= self.instruction_length <= positions:
+            raise ValueError(
+                "`instruction_length` must be at least 2 and at most the positions of the instruction encoder: got "
+                f"{self.instruction_length} with max_position_embeddings={positions} in `instruction_config`. "
+                f"Set `instruction_length` to {positions} or less."
+            )
+        if not 0 <= self.image_token_index < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_index` must lie inside the language model's vocabulary: got {self.image_token_index} "
+                f"with vocab_size={self.text_config.vocab_size} in `text_config`. Add a row for `<image>` "
+                "(`emma-hf convert` does) or name an id that exists."
+            )
+
+    def _warn_of_misspelt(self, extra: dict[str, Any]) -> None:
+        # Base configs legitimately carry keys that are no argument of ours, so only a near miss is worth a warning.
+        ours = [name for name in vars(self) if not name.startswith("_")] + ["image_token_id"]
+        known = set(vars(PretrainedConfig())) | set(dir(PretrainedConfig))
+        for key in extra:
+            nearest = difflib.get_close_matches(key, ours, n=1, cutoff=0.85)
+            if key not in known and nearest:
+                logger.warning("EmmaConfig has no key `%s`; did you mean `%s`? It has no effect.", key, nearest[0])
+
+
+def copy_hub_files(folder: str | os.PathLike) -> None:
+    """Copy the package's code files into `folder`, those of them that lie beside this file.
+
+    In a process that loaded the model from the Hub alone, those that its model or processor needed are there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in HUB_FILES:
+        source = Path(__file__).with_name(name)
+        if source.exists() and source.parent.resolve() != folder.resolve():
+            shutil.copyfile(source, folder / name)
+
+
+def _sub_config(value, config_class, defaults):
+    if isinstance(value, PretrainedConfig):
+        return value
+    return config_class(**(defaults if value is None else value))
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}: got {value!r}.")
+
+
+def _hidden_state_index(name: str, index: Any, config: PretrainedConfig) -> None:
+    states = config.num_hidden_layers + 1
+    if not isinstance(index, int) or not -states <= index < states:
+        raise ValueError(
+            f"`{name}` must index one of the {states} hidden states of its encoder (the embeddings and "
+            f"{states - 1} layers), from {-states} to {states - 1}: got {index!r}. The released model uses -2."
+        )
+
+
+__all__ = ["AUTO_MAP", "HUB_FILES", "EmmaConfig", "copy_hub_files"]
