@@ -3,6 +3,8 @@
 The package runs on Transformers 4.57 and 5.x. Everything else in it is written as if there were one version.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,3 +98,40 @@ def keep_nested_names_on_save(model: nn.Module) -> None:
         rules.append(rule)
     kept = [rule for rule in getattr(model, "_weight_conversions", None) or [] if not isinstance(rule, PrefixChange)]
     model._weight_conversions = rules + kept
+
+
+# Transformers 4.57 is told a processor's parts by class attributes; 5 reads them from `__init__`. Goes with 4.57.
+PROCESSOR_CLASS_ATTRIBUTES = (
+    {}
+    if TRANSFORMERS_5
+    else {
+        "attributes": ["image_processor", "tokenizer", "instruction_tokenizer"],
+        "image_processor_class": "AutoImageProcessor",
+        "tokenizer_class": "AutoTokenizer",
+        "instruction_tokenizer_class": "AutoTokenizer",
+    }
+)
+
+
+@contextmanager
+def only_primary_attributes(processor: Any) -> Iterator[None]:
+    """Keep `save_pretrained` of 4.57 from writing the second tokenizer over the first. Goes with 4.57."""
+    if TRANSFORMERS_5:
+        yield
+        return
+    processor.attributes = ["image_processor", "tokenizer"]
+    try:
+        yield
+    finally:
+        del processor.attributes
+
+
+def chat_template_kwargs(kwargs: dict[str, Any], **for_processor: Any) -> dict[str, Any]:
+    """Keywords of `apply_chat_template`, with those for the processor where this version expects them. Goes with 4.57.
+
+    5 takes them in `processor_kwargs`; 4.57 takes them flat and drops that dictionary without a word.
+    """
+    inner = {**(kwargs.get("processor_kwargs") or {}), **for_processor}
+    if TRANSFORMERS_5:
+        return {**kwargs, "processor_kwargs": inner}
+    return {**{name: value for name, value in kwargs.items() if name != "processor_kwargs"}, **inner}

@@ -1,0 +1,167 @@
+"""The `emma-hf` command: answers go to standard output, everything else to standard error."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+IMAGE_HELP = "path, URL, data URL, or - for standard input"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, or 2 after an error that the user can mend."""
+    args = _parser().parse_args(argv)
+    # Imported late, so that `--help` and mistakes in the arguments answer at once.
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+
+    try:
+        args.run(args)
+    except (ValueError, OSError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
+        print(f"emma-hf: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="emma-hf", description="EMMA: questions about pictures.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="turn the authors' checkpoint into a Hub folder, or back")
+    convert.add_argument("source", help="folder or Hub id of the authors' checkpoint (with --reverse: of ours)")
+    convert.add_argument("output", help="folder to write; it must not exist")
+    convert.add_argument("--clip", help="folder or Hub id of the CLIP checkpoint (default: what the config names)")
+    convert.add_argument("--dtype", help="dtype of every tensor, such as bfloat16 (default: as it is)")
+    convert.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 2GB (default: 5GB)")
+    convert.add_argument("--reverse", action="store_true", help="write the authors' layout")
+    convert.set_defaults(run=_convert)
+
+    ask = commands.add_parser("ask", help="answer one question about one picture or several")
+    _add_model_arguments(ask)
+    ask.add_argument("--image", action="append", default=[], metavar="IMAGE", help=f"one more picture: {IMAGE_HELP}")
+    ask.add_argument("inputs", nargs="+", metavar="IMAGE QUESTION", help=f"picture ({IMAGE_HELP}) and question")
+    ask.set_defaults(run=_ask)
+
+    chat = commands.add_parser("chat", help="talk about one picture or several; an empty line ends it")
+    _add_model_arguments(chat)
+    chat.add_argument("image", nargs="+", metavar="IMAGE", help="path, URL or data URL")
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hub id of a converted model")
+    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
+    parser.add_argument("--dtype", default="auto", help="dtype of the computation (default: as stored)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
+    parser.add_argument("--instruction", help="text that guides the visual tokens (default: from the question)")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .conversion import convert, reverse
+
+    options: dict[str, Any] = {"dtype": args.dtype, "max_shard_size": args.max_shard_size}
+    if args.reverse:
+        if args.clip is not None:
+            raise ValueError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
+        reverse(args.source, args.output, **options)
+    else:
+        convert(args.source, args.output, clip=args.clip, **options)
+    print(f"wrote {args.output}", file=sys.stderr)
+
+
+def _ask(args: argparse.Namespace) -> None:
+    *first, question = args.inputs
+    images = [*first, *args.image]
+    if len(first) > 1 or not images:
+        raise ValueError(
+            f"`ask` takes IMAGE QUESTION, and one `--image` for each further picture: got {len(args.inputs)} words "
+            f"and {len(args.image)} `--image`. Quote the question."
+        )
+    _Chat(args, [_read(image) for image in images]).answer(question)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    if "-" in args.image:
+        raise ValueError("`chat` reads what you say from standard input, so no picture can come from there: got `-`.")
+    chat = _Chat(args, list(args.image))
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        chat.answer(line)
+
+
+def _read(image: str) -> str | bytes:
+    return sys.stdin.buffer.read() if image == "-" else image
+
+
+class _Chat:
+    """A conversation about pictures that keeps its cache from turn to turn."""
+
+    def __init__(self, args: argparse.Namespace, images: list[str | bytes]) -> None:
+        import torch
+
+        from .modeling_emma import EmmaForConditionalGeneration
+        from .processing_emma import EmmaProcessor
+
+        if args.max_new_tokens < 1:
+            raise ValueError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
+        if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+            raise ValueError(f"`--dtype` must be auto or a torch dtype such as bfloat16: got {args.dtype!r}.")
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
+        self.args = args
+        self.cache = None
+        self.cached_ids: list[int] = []
+        self.processor = EmmaProcessor.from_pretrained(args.model)
+        # Read the pictures before the weights: a wrong path is told at once.
+        self.images = self.processor.image_processor.fetch_images(images)
+        self.messages: list[dict[str, Any]] = []
+        self.model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+
+    def answer(self, question: str) -> None:
+        """Stream the answer to one question, and remember both."""
+        from transformers import TextStreamer
+
+        pictures = [] if self.messages else [{"type": "image"}] * len(self.images)
+        self.messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        inputs = self._inputs()
+        ids = inputs["input_ids"][0].tolist()
+        if self.cache is not None:
+            # What the template makes of an answer can differ from what was generated: keep what is common.
+            self.cache.crop(_common_prefix(self.cached_ids, ids[:-1]))
+        outputs = self.model.generate(
+            **inputs,
+            past_key_values=self.cache,
+            max_new_tokens=self.args.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            streamer=TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        sequence = outputs.sequences[0].tolist()
+        self.cache, self.cached_ids = outputs.past_key_values, sequence[:-1]
+        text = self.processor.tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+
+    def _inputs(self) -> Any:
+        prompt = self.processor.apply_chat_template(self.messages, add_generation_prompt=True)
+        inputs = self.processor(
+            images=self.images, text=prompt, instructions=self.args.instruction, return_tensors="pt"
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    length = 0
+    for left, right in zip(first, second):
+        if left != right:
+            break
+        length += 1
+    return length

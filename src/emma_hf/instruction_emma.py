@@ -1,0 +1,299 @@
+"""Which text is a picture's instruction, and the ids that CLIP's text encoder gets for it."""
+
+import html
+import re
+import unicodedata
+import warnings
+from functools import lru_cache
+from html.entities import html5
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+try:
+    import ftfy
+except ImportError:
+    ftfy = None
+
+try:
+    # Always there: every supported Transformers requires it.
+    import regex
+except ImportError:
+    regex = None
+
+# A typed `<image>` that is words, not a picture, carries this private-use character behind its first letter, so that a
+# rendered prompt still tells the two apart. The processor takes it out again before anything is encoded.
+PLACEHOLDER_ESCAPE = "\U000f0002"
+
+# Transformers 5 puts typed control tokens between these two (`sanitize_control_tokens`).
+_MARKED = re.compile("\U000f0000(.)(.*?)\U000f0001", re.DOTALL)
+
+_USER = re.compile(r"(?<!\w)USER:")
+_ASSISTANT = re.compile(r"(?<!\w)ASSISTANT:")
+
+_ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+_TERMINAL_ESCAPE = re.compile("\x1b\\[[0-9;]*[a-zA-Z]")
+_CONTROL_CHARACTERS = {code: None for code in (*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F)}
+_STRAIGHT_QUOTES = {
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    **dict.fromkeys((0x02BC, *range(0x2018, 0x201C)), "'"),
+}
+
+
+def clean_instruction(text: str) -> str:
+    """Text as CLIP's tokenizer sees it: repaired, unescaped, whitespace collapsed, lower case.
+
+    The cleaning of open_clip's `SimpleTokenizer`. It needs ftfy where the text is not plain ASCII; without ftfy ASCII
+    text is still exact, and other text is cleaned as far as possible, with a warning.
+
+    Raises:
+        ValueError: `text` is not a string.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"An instruction must be a string: got {type(text).__name__}.")
+    if ftfy is not None:
+        text = ftfy.fix_text(text)
+    else:
+        fixed = _fix_without_ftfy(text)
+        if not (text.isascii() and fixed.isascii()):
+            _warn_without_ftfy()
+        text = fixed
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: int = 77) -> list[int]:
+    """Ids of one instruction: start, byte-pair ids, end, padded with 0 to `length`.
+
+    The rule is open_clip's `SimpleTokenizer`: a text too long is cut and its last id is the end. The padding is id 0,
+    whatever the tokenizer's own padding is, since every position has a weight in EMMA.
+
+    Args:
+        tokenizer: CLIP's tokenizer in Transformers, fast or slow; its normaliser, padding and special spellings are
+            not used.
+        text: the instruction as written.
+        length: number of ids.
+
+    Raises:
+        ValueError: `text` is not a string, or `length` has no room for start and end.
+    """
+    if length < 2:
+        raise ValueError(f"An instruction needs room for its start and end, so a length of at least 2: got {length}.")
+    ids = [tokenizer.bos_token_id]
+    for match in _word_pattern().finditer(clean_instruction(text)):
+        word = match.group()
+        if len(ids) >= length:
+            break
+        if word == "<start_of_text>":
+            ids.append(tokenizer.bos_token_id)
+        elif word == "<end_of_text>":
+            ids.append(tokenizer.eos_token_id)
+        else:
+            ids += _byte_pair_ids(tokenizer, word)
+    ids = ids[: length - 1] + [tokenizer.eos_token_id]
+    return ids + [0] * (length - len(ids))
+
+
+def instruction_from_turn(text: str, image_token: str = "<image>") -> str:
+    """The instruction in one user turn at inference: without placeholders, up to the first line break.
+
+    "<image>\\nIs it a hat?\\nAnswer the question using a single word or phrase." asks "Is it a hat?".
+    """
+    return _first_line(text.replace(image_token, ""))
+
+
+def instructions_from_prompt(prompt: str, image_token: str = "<image>", instruction_turn: str = "image") -> list[str]:
+    """The instruction of each picture in a rendered prompt, in the order of the placeholders.
+
+    A turn reaches from the last `USER:` before the picture to the ` ASSISTANT:` behind it; a text without roles is one
+    turn. A turn of pictures alone takes the words of the next user turn.
+
+    Raises:
+        ValueError: an unknown `instruction_turn`.
+    """
+    users = [match.end() for match in _USER.finditer(prompt)]
+    ends = [match.start() for match in _ASSISTANT.finditer(prompt)]
+
+    def turn(start: int) -> tuple[str, int]:
+        end = next((end for end in ends if end >= start), len(prompt))
+        return instruction_from_turn(prompt[start:end], image_token), end
+
+    instructions = []
+    for match in re.finditer(re.escape(image_token), prompt):
+        before = [start for start in users if start <= match.start()]
+        words, end = turn(before[-1] if before else 0)
+        following = next((start for start in users if start > end), None)
+        if not words and following is not None:
+            words, _ = turn(following)
+        instructions.append(words)
+    if _is_last(instruction_turn):
+        latest, _ = turn(users[-1] if users else 0)
+        instructions = [latest] * len(instructions)
+    return instructions
+
+
+def instructions_from_messages(
+    messages: list[dict[str, Any]], image_token: str = "<image>", instruction_turn: str = "image"
+) -> list[str]:
+    """The instruction of each picture in chat messages, in their order.
+
+    Content that is a string is a bare prompt: `image_token` in it is a picture. In a list of parts the pictures are the
+    parts of type `image` or `image_url`, the text parts are joined, and `image_token` in them is words. Only the user's
+    turns are read.
+
+    Raises:
+        ValueError: an unknown `instruction_turn`, or a message without role or content.
+    """
+    turns = [_count_and_words(message, image_token) for message in messages if _role(message) == "user"]
+    if _is_last(instruction_turn):
+        return [turns[-1][1]] * sum(count for count, _ in turns) if turns else []
+    instructions = []
+    for index, (count, words) in enumerate(turns):
+        if not words and index + 1 < len(turns):
+            words = turns[index + 1][1]
+        instructions += [words] * count
+    return instructions
+
+
+def training_instruction(
+    conversation: list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str = "<image>",
+    length: int = 77,
+) -> str:
+    """The instruction of a training row in LLaVA's format, by the authors' rule.
+
+    A row of two messages: the whole user turn. Any other row: of each user turn the text between the first and the
+    second colon, or all of it where there is none; of these candidates the one with the most padding, the first of
+    equals.
+
+    Args:
+        conversation: messages `{"from": "human" | "gpt", "value": text}`.
+        tokenizer: the instruction tokenizer, which decides the shortest.
+        image_token: the placeholder of a picture.
+        length: ids per instruction.
+
+    Raises:
+        ValueError: no user turn.
+    """
+    turns = [message["value"] for message in conversation if message["from"] in ("human", "user")]
+    if not turns:
+        raise ValueError(
+            f"A training row needs a user turn (`from` is 'human'): got {[message['from'] for message in conversation]}."
+        )
+    if len(conversation) == 2:
+        return turns[0].replace(image_token, "").strip()
+    candidates = []
+    for turn in turns:
+        turn = turn.replace(f"{image_token}\n", "").replace(f"\n{image_token}", "")
+        parts = turn.split(":")
+        candidates.append(parts[1].lstrip() if len(parts) > 1 else turn)
+    return max(candidates, key=lambda text: encode_instruction(tokenizer, text, length).count(0))
+
+
+def escape_placeholders(text: str, image_token: str = "<image>") -> str:
+    """Mark each `image_token` in `text` as words, so that it does not count as a picture."""
+    return text.replace(image_token, _escaped(image_token))
+
+
+def unmark_control_tokens(text: str) -> str:
+    """Turn the marks that Transformers 5 puts around typed control tokens into ours."""
+    return _MARKED.sub(rf"\1{PLACEHOLDER_ESCAPE}\2", text)
+
+
+def _escaped(token: str) -> str:
+    return token[0] + PLACEHOLDER_ESCAPE + token[1:]
+
+
+def _first_line(text: str) -> str:
+    text = unmark_control_tokens(text).replace(PLACEHOLDER_ESCAPE, "")
+    return text.strip().split("\n", 1)[0].strip()
+
+
+def _is_last(instruction_turn: str) -> bool:
+    if instruction_turn not in ("image", "last"):
+        raise ValueError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
+    return instruction_turn == "last"
+
+
+def _role(message: dict[str, Any]) -> str:
+    if "role" not in message:
+        raise ValueError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
+    return message["role"]
+
+
+def _count_and_words(message: dict[str, Any], image_token: str) -> tuple[int, str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content.count(image_token), instruction_from_turn(content, image_token)
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
+    images = sum(part.get("type") in ("image", "image_url") for part in content)
+    return images, _first_line("".join(part["text"] for part in content if part.get("type") == "text"))
+
+
+def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    # The merges alone: the tokenizer's own pipeline would normalise the text once more, which open_clip does not.
+    letters = "".join(_byte_letters()[byte] for byte in word.encode("utf-8", errors="replace"))
+    if tokenizer.is_fast:
+        return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]
+    return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split(" "))
+
+
+@lru_cache(maxsize=1)
+def _word_pattern() -> Any:
+    """CLIP's words (OpenAI CLIP and open_clip, `tokenizer.py`)."""
+    return regex.compile(
+        r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+    )
+
+
+@lru_cache(maxsize=1)
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in a byte-level vocabulary: itself where printable, else from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, spare = [], 256
+    for byte in range(256):
+        letters.append(chr(byte if byte in printable else spare))
+        spare += byte not in printable
+    return letters
+
+
+def _fix_without_ftfy(text: str) -> str:
+    """What `ftfy.fix_text` does to ASCII, and of the rest what the standard library can."""
+    lines, unescape = [], True
+    for line in re.split(r"(?<=\n)", text):
+        # ftfy takes a text with tags for HTML source, from that line on.
+        unescape = unescape and "<" not in line
+        previous = None
+        while line != previous:
+            previous = line
+            if unescape:
+                line = _ENTITY.sub(_unescape_entity, line)
+            line = line.translate(_STRAIGHT_QUOTES).replace("\r\n", "\n").replace("\r", "\n")
+            line = _TERMINAL_ESCAPE.sub("", line).translate(_CONTROL_CHARACTERS)
+            line = unicodedata.normalize("NFC", line)
+        lines.append(line)
+    return "".join(lines)
+
+
+def _unescape_entity(match: re.Match[str]) -> str:
+    entity = match.group()
+    name = entity[1:]
+    if name in html5:
+        return html5[name]
+    character = html.unescape(entity)
+    if entity.startswith("&#"):
+        return entity if ";" in character else character
+    # Names in capitals that HTML does not know are read as their lower-case form.
+    if name == name.upper() and character == entity and name.lower() in html5:
+        return html5[name.lower()].upper()
+    return entity
+
+
+@lru_cache(maxsize=1)
+def _warn_without_ftfy() -> None:
+    warnings.warn(
+        "Instructions that are not plain ASCII are cleaned exactly only with ftfy: without it the visual tokens can "
+        'differ slightly from the authors\'. Install it with `pip install "emma-hf[ftfy]"`.',
+        stacklevel=4,
+    )

@@ -1,0 +1,513 @@
+"""Processor of EMMA: pictures, the prompt, and for each picture the instruction that goes with it."""
+
+import json
+import os
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .compat_emma import PROCESSOR_CLASS_ATTRIBUTES, chat_template_kwargs, only_primary_attributes
+from .configuration_emma import AUTO_MAP, copy_hub_files
+from .image_processing_emma import EmmaImageProcessor
+from .instruction_emma import (
+    PLACEHOLDER_ESCAPE,
+    encode_instruction,
+    escape_placeholders,
+    instructions_from_messages,
+    instructions_from_prompt,
+    unmark_control_tokens,
+)
+
+# The `vicuna_v1` conversation (LLaVA-1.5): a turn's pictures first, each followed by a line break, then its words.
+CHAT_TEMPLATE = """\
+{%- macro words(content) -%}
+    {%- if content is string -%}{{ content }}
+    {%- else -%}
+        {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {{- words(messages[0]['content']) + ' ' -}}
+{%- else -%}
+    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' -}}
+        {%- if message['content'] is not string -%}
+            {%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+        {%- endif -%}
+        {{- words(message['content']) + ' ' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT: ' -}}
+        {%- generation -%}{{- words(message['content']) + eos_token -}}{%- endgeneration -%}
+    {%- elif not (message['role'] == 'system' and loop.first) -%}
+        {{- raise_exception("Roles are system (first only), user and assistant: got " + message['role']) -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+class EmmaProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
+
+
+class EmmaProcessor(ProcessorMixin):
+    """Prepares pictures, prompts and instructions for [`EmmaForConditionalGeneration`].
+
+    Args:
+        image_processor: an [`EmmaImageProcessor`].
+        tokenizer: the language model's tokenizer, which knows `image_token` as one token.
+        instruction_tokenizer: CLIP's tokenizer, for the text encoder that reads the instruction.
+        chat_template: Jinja template of a conversation. Default: `vicuna_v1`.
+        image_token: placeholder of a picture in a prompt.
+        image_seq_length: visual tokens per picture, so placeholder ids per `image_token`.
+        instruction_length: ids per instruction, padding included.
+        instruction_turn: whose words are a picture's instruction: `"image"`, the user turn that holds it (a chat then
+            keeps its cache), or `"last"`, the latest user turn.
+
+    Raises:
+        ValueError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
+    """
+
+    locals().update(PROCESSOR_CLASS_ATTRIBUTES)
+    valid_processor_kwargs = EmmaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: EmmaImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        instruction_tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        image_seq_length: int = 576,
+        instruction_length: int = 77,
+        instruction_turn: str = "image",
+    ) -> None:
+        self.image_token = image_token
+        self.image_seq_length = image_seq_length
+        self.instruction_length = instruction_length
+        self.instruction_turn = instruction_turn
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        super().__init__(
+            image_processor,
+            tokenizer,
+            instruction_tokenizer,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+        )
+        if instruction_turn not in ("image", "last"):
+            raise ValueError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
+        if tokenizer is not None:
+            self._check_tokenizer()
+        if instruction_tokenizer is not None and "a</w>" not in instruction_tokenizer.get_vocab():
+            raise ValueError(
+                "`instruction_tokenizer` must be CLIP's, whose words end in `</w>`: got "
+                f"{type(instruction_tokenizer).__name__}. In a folder it lies in `instruction_tokenizer/`."
+            )
+
+    def _check_tokenizer(self) -> None:
+        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if image_id is None or image_id == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"`tokenizer` must know the placeholder {self.image_token!r} as one token: got "
+                f"{type(self.tokenizer).__name__} without it. Add it with "
+                f"`tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)` and a row in the model."
+            )
+        self.image_token_id = image_id
+        # A text that Llama's tokenizer reads on its own begins with one more space than is written. Some versions
+        # leave that space out where the text begins with one of its own: those get it from us.
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a")]
+        self._swallows_space = ids[0] == ids[1]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        instructions: str | list[str] | list[list[str]] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare a batch.
+
+        Args:
+            images: pictures as PIL images, arrays, tensors, paths, URLs, data URLs or bytes: one, a list in the order
+                of the placeholders, or a list per prompt.
+            text: prompts that hold one `image_token` for each picture, or one prompt.
+            instructions: what is asked about each picture. Default: the words around it in its prompt. One string for
+                all, a list with one per prompt (with a single prompt one per picture), or a list per prompt.
+            **kwargs: of the tokenizer (`padding`, `padding_side`, `max_length`, `truncation`, `add_special_tokens`,
+                `return_tensors`, …; for the prompt, never for the instruction) and of the image processor.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, tokens), `pixel_values` (pictures, 3, height, width) and
+            `instruction_input_ids` (pictures, instruction_length), each where its input is given.
+
+        Raises:
+            ValueError: placeholders, pictures and instructions that differ in number, truncation that would cut a
+                picture, a picture that cannot be read.
+            FileNotFoundError: a path that does not exist.
+        """
+        if text is None and images is None:
+            raise ValueError("Pass `text`, `images` or both: got neither.")
+        merged = self._merge_kwargs(
+            EmmaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
+        )
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        images_kwargs.pop("return_tensors", None)
+
+        data: dict[str, Any] = {}
+        prompts = None if text is None else self._check_prompts(text, text_kwargs)
+        if prompts is not None:
+            counts = [prompt.count(self.image_token) for prompt in prompts]
+            images = self._check_image_counts(images, counts)
+            data.update(self._tokenize(prompts, **text_kwargs))
+        elif images is not None:
+            images = [image for row in _rows_of(images) for image in row]
+            counts = [len(images)]
+
+        rows = self._instructions_of(instructions, prompts, counts)
+        if images:
+            data["pixel_values"] = self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
+        if rows and (images or instructions is not None):
+            ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
+            data["instruction_input_ids"] = torch.tensor(ids)
+        if return_tensors != "pt":
+            for name in ("pixel_values", "instruction_input_ids"):
+                if name in data:
+                    data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
+        if return_tensors is not None and text is not None:
+            _check_rectangular(data["input_ids"])
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """Render messages, and with `tokenize=True` prepare them; see `ProcessorMixin.apply_chat_template`.
+
+        The instruction of each picture comes from the messages themselves (an explicit `instructions=` wins). The
+        placeholder written as words in a text part, or by anybody but the user, stays words.
+        """
+        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = [
+            [_normalised(message, self.image_token) for message in messages]
+            for messages in (conversation if batched else [conversation])
+        ]
+        if kwargs.get("tokenize"):
+            instructions = kwargs.pop("instructions", None)
+            if instructions is None:
+                instructions = (kwargs.get("processor_kwargs") or {}).get("instructions")
+            if instructions is None:
+                instructions = [
+                    instructions_from_messages(messages, self.image_token, self.instruction_turn)
+                    for messages in (conversation if batched else [conversation])
+                ]
+            kwargs = chat_template_kwargs(kwargs, instructions=instructions)
+        return super().apply_chat_template(
+            conversations if batched else conversations[0], chat_template=chat_template, **kwargs
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "instruction_input_ids"]
+
+    def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs: Any) -> str:
+        """What one `image_token` of a prompt expands to."""
+        return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        # Serving engines plan their memory with it.
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    def _check_prompts(self, text: Any, text_kwargs: dict[str, Any]) -> list[str]:
+        prompts = [text] if isinstance(text, str) else text
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+            kind = type(text).__name__ if not isinstance(text, (list, tuple)) else [type(p).__name__ for p in text]
+            raise ValueError(f"`text` must be a string or a list of at least one string: got {kind}.")
+        if text_kwargs.pop("sanitize_control_tokens", False):
+            prompts = [unmark_control_tokens(prompt) for prompt in prompts]
+        return list(prompts)
+
+    def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
+        """The pictures in one list, after each prompt was seen to have its own."""
+        if images is None:
+            rows = [[] for _ in counts]
+        else:
+            rows = _rows_of(images)
+            if len(rows) == 1 and not _is_nested(images):
+                flat = rows[0]
+                ends = list(accumulate(counts))
+                if len(flat) != ends[-1]:
+                    raise ValueError(
+                        f"Each `{self.image_token}` in the prompts stands for one image: got {ends[-1]} placeholders "
+                        f"(per prompt: {counts}) and {len(flat)} images. Write one `{self.image_token}` per image."
+                    )
+                return flat
+        if len(rows) != len(counts):
+            raise ValueError(
+                f"A list of images per prompt must have as many lists as there are prompts: got {len(rows)} lists and "
+                f"{len(counts)} prompts."
+            )
+        for row, (found, given) in enumerate(zip(counts, rows)):
+            if found != len(given):
+                raise ValueError(
+                    f"Each `{self.image_token}` in the prompts stands for one image: prompt {row} holds {found} "
+                    f"placeholders and comes with {len(given)} images. Write one `{self.image_token}` per image."
+                )
+        return [image for row in rows for image in row]
+
+    def _instructions_of(self, instructions: Any, prompts: list[str] | None, counts: list[int]) -> list[str]:
+        """One instruction per picture, in the pictures' order."""
+        if instructions is None:
+            if prompts is None:
+                return []
+            return [
+                instruction
+                for prompt in prompts
+                for instruction in instructions_from_prompt(prompt, self.image_token, self.instruction_turn)
+            ]
+        if isinstance(instructions, str):
+            return [instructions] * sum(counts)
+        if not isinstance(instructions, (list, tuple)):
+            raise ValueError(
+                "`instructions` must be a string, a list of strings or a list of lists of strings: got "
+                f"{type(instructions).__name__}."
+            )
+        if any(isinstance(row, (list, tuple)) for row in instructions):
+            rows = [[row] if isinstance(row, str) else list(row) for row in instructions]
+        elif len(counts) == 1:
+            rows = [list(instructions)]
+            if len(rows[0]) == 1:
+                rows = [rows[0] * counts[0]]
+        else:
+            rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
+        if len(rows) != len(counts) or len(instructions) != len(rows) and len(counts) > 1:
+            raise ValueError(
+                f"`instructions` must have one entry per prompt: got {len(instructions)} for {len(counts)} prompts."
+            )
+        for row, (given, count) in enumerate(zip(rows, counts)):
+            if len(given) != count:
+                raise ValueError(
+                    f"Each image has one instruction: prompt {row} has {count} images and {len(given)} instructions. "
+                    "Pass one string per image, or one string for all."
+                )
+        return [instruction for row in rows for instruction in row]
+
+    def _tokenize(
+        self,
+        prompts: list[str],
+        add_special_tokens: bool = True,
+        padding: Any = False,
+        truncation: Any = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_offsets_mapping: bool = False,
+        return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
+        **ignored: Any,
+    ) -> dict[str, Any]:
+        encoded = [self._encode_prompt(prompt, add_special_tokens) for prompt in prompts]
+        if truncation and truncation != "do_not_truncate":
+            limit = self.tokenizer.model_max_length if max_length is None else max_length
+            encoded = [self._truncate(ids, offsets, limit, row) for row, (ids, offsets) in enumerate(encoded)]
+        side = padding_side or self.tokenizer.padding_side
+        if padding and self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "Padding needs a padding token, which the tokenizer lacks: set `processor.tokenizer.pad_token`."
+            )
+        batch = self.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in encoded]},
+            padding=padding,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=side,
+            return_attention_mask=True if return_attention_mask is None else return_attention_mask,
+        )
+        data = {name: batch[name] for name in batch}
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in data["input_ids"]]
+        if return_offsets_mapping:
+            # In the prompt as it was given: all ids of a picture have the span of its placeholder.
+            data["offset_mapping"] = [
+                _padded(offsets, len(ids), (0, 0), side) for (_, offsets), ids in zip(encoded, data["input_ids"])
+            ]
+        return data
+
+    def _encode_prompt(self, prompt: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of one prompt and the span of each in it.
+
+        The pieces between pictures are read each as a text of its own, as the authors' `tokenizer_image_token` does:
+        what follows a picture begins as a text begins.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        position = 0
+        for index, piece in enumerate(prompt.split(self.image_token)):
+            if index:
+                end = position + len(self.image_token)
+                ids += [self.image_token_id] * self.image_seq_length
+                spans += [(position, end)] * self.image_seq_length
+                position = end
+            piece_ids, piece_spans = self._encode_piece(piece)
+            ids += piece_ids
+            spans += [(start + position, end + position) for start, end in piece_spans]
+            position += len(piece)
+        if add_special_tokens:
+            before, after = self._special_ids()
+            ids = before + ids + after
+            spans = [(0, 0)] * len(before) + spans + [(position, position)] * len(after)
+        return ids, spans
+
+    def _encode_piece(self, piece: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not piece:
+            return [], []
+        if not self.tokenizer.is_fast:
+            if PLACEHOLDER_ESCAPE in piece:
+                raise ValueError(
+                    f"A text that holds {self.image_token!r} as words needs a fast tokenizer: got "
+                    f"{type(self.tokenizer).__name__}. Load it through AutoTokenizer."
+                )
+            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            return ids, [(0, len(piece))] * len(ids)
+        extra = int(self._swallows_space and piece.startswith(" "))
+        encoded = self.tokenizer(" " * extra + piece, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(max(start - extra, 0), max(end - extra, 0)) for start, end in encoded["offset_mapping"]]
+        kept = [
+            (token, span)
+            for token, span in zip(encoded["input_ids"], spans)
+            if PLACEHOLDER_ESCAPE not in piece or piece[slice(*span)].strip(PLACEHOLDER_ESCAPE) or span[0] == span[1]
+        ]
+        return [token for token, _ in kept], [span for _, span in kept]
+
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and after a text."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:start], whole[start + len(plain) :]
+
+    def _truncate(self, ids: list[int], offsets: list, limit: int, row: int) -> tuple[list[int], list]:
+        excess = len(ids) - limit
+        if excess <= 0:
+            return ids, offsets
+        left = self.tokenizer.truncation_side == "left"
+        cut = ids[:excess] if left else ids[limit:]
+        if self.image_token_id in cut:
+            raise ValueError(
+                f"Truncation must not cut an image: prompt {row} has {len(ids)} tokens and would lose "
+                f"{cut.count(self.image_token_id)} of its {ids.count(self.image_token_id)} image tokens at "
+                f"max_length={limit}. Raise `max_length` or shorten the prompt."
+            )
+        kept = slice(excess, None) if left else slice(None, limit)
+        return ids[kept], offsets[kept]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, processor_dict=None, **kwargs: Any):
+        # The second tokenizer has a folder of its own; nothing falls back to the first one.
+        subfolder = kwargs.pop("subfolder", None) or ""
+        second = "/".join(part for part in (subfolder, "instruction_tokenizer") if part)
+        path = pretrained_model_name_or_path
+        return [
+            EmmaImageProcessor.from_pretrained(path, subfolder=subfolder, **kwargs),
+            AutoTokenizer.from_pretrained(path, subfolder=subfolder, **kwargs),
+            AutoTokenizer.from_pretrained(path, subfolder=second, **kwargs),
+        ]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Write a folder that every supported Transformers version loads: both tokenizers, the image processor, the
+        chat template and the code files.
+        """
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            return self.push_to_hub(repo_id, **kwargs)
+        folder = Path(save_directory)
+        copy_hub_files(folder)
+        with only_primary_attributes(self):
+            files = super().save_pretrained(folder, **kwargs)
+        self.image_processor.save_pretrained(folder)
+        second = folder / "instruction_tokenizer"
+        self.instruction_tokenizer.save_pretrained(second)
+        # `AutoTokenizer` looks for a model type beside the files of a tokenizer in a folder of its own.
+        (second / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}) + "\n", encoding="utf-8")
+        _make_portable(folder, self.tokenizer)
+        _make_portable(second, self.instruction_tokenizer)
+        return files
+
+
+def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer's config so that both supported Transformers versions read the same tokenizer from it.
+
+    5.x drops `legacy`, without which a Llama tokenizer is read as `legacy=False`, and lists its extra tokens under a
+    name that 4.57 expects to hold a dictionary.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    legacy = tokenizer.init_kwargs.get("legacy", getattr(tokenizer, "legacy", None))
+    if legacy is not None:
+        config["legacy"] = legacy
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _normalised(message: dict[str, Any], image_token: str) -> dict[str, Any]:
+    """A message whose content is a list, and whose text parts hold no placeholder that is not a picture.
+
+    A user's content given as one string is a bare prompt: a placeholder in it is one.
+    """
+    content = message.get("content")
+    if content is None:
+        return message
+    if isinstance(content, str):
+        text = content if message["role"] == "user" else escape_placeholders(content, image_token)
+        return {**message, "content": [{"type": "text", "text": text}]}
+    parts = []
+    for part in content:
+        if part.get("type") == "text":
+            part = {**part, "text": escape_placeholders(part["text"], image_token)}
+        elif part.get("type") == "image_url":
+            url = part["image_url"]
+            part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _is_nested(images: Any) -> bool:
+    return isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
+
+
+def _rows_of(images: Any) -> list[list[Any]]:
+    """Pictures as one list per prompt, or as a single list where they are not grouped."""
+    if _is_nested(images):
+        return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    if isinstance(images, (list, tuple)):
+        return [list(images)]
+    if getattr(images, "ndim", 0) == 4:
+        return [list(images)]
+    return [[images]]
+
+
+def _check_rectangular(rows: list[list[int]]) -> None:
+    lengths = [len(row) for row in rows]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"Prompts of different lengths cannot make one tensor: got {lengths} tokens. Pass `padding=True`."
+        )
+
+
+def _padded(values: list, length: int, fill: Any, side: str) -> list:
+    padding = [fill] * (length - len(values))
+    return padding + values if side == "left" else values + padding
+
+
+__all__ = ["CHAT_TEMPLATE", "EmmaProcessor"]
