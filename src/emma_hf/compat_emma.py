@@ -3,6 +3,7 @@
 The package runs on Transformers 4.57 and 5.x. Everything else in it is written as if there were one version.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -135,3 +136,10 @@ def chat_template_kwargs(kwargs: dict[str, Any], **for_processor: Any) -> dict[s
     if TRANSFORMERS_5:
         return {**kwargs, "processor_kwargs": inner}
     return {**{name: value for name, value in kwargs.items() if name != "processor_kwargs"}, **inner}
+
+
+def nested_tower_name(name: str) -> str:
+    """A weight name as it is on disk, for a name of either version. Goes with 4.57."""
+    for tower, inner in NESTED_TOWERS.items():
+        name = re.sub(rf"^((?:model\.)?{tower})\.(?!{inner}\.)", rf"\1.{inner}.", name)
+    return name

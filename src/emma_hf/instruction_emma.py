@@ -233,7 +233,7 @@ def _count_and_words(message: dict[str, Any], image_token: str) -> tuple[int, st
 
 def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     # The merges alone: the tokenizer's own pipeline would normalise the text once more, which open_clip does not.
-    letters = "".join(_byte_letters()[byte] for byte in word.encode("utf-8", errors="replace"))
+    letters = "".join(byte_letters()[byte] for byte in word.encode("utf-8", errors="replace"))
     if tokenizer.is_fast:
         return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]
     return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split(" "))
@@ -248,7 +248,7 @@ def _word_pattern() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in a byte-level vocabulary: itself where printable, else from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters, spare = [], 256
