@@ -1,8 +1,18 @@
-"""Fixtures shared by all tests: the recorded outputs of the authors' implementation."""
+"""Fixtures shared by all tests: the recorded outputs of the authors' implementation, and models made from them."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+import emma_hf
+from emma_hf.conversion import convert
+
+# Nothing in the tests may reach for the network: what is not here is a failure.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 
@@ -11,3 +21,38 @@ REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 def reference() -> Path:
     """Folder of the recorded outputs; its README says what each file holds."""
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, torch.Tensor]:
+    """Recorded inputs and outputs, by `case.name`."""
+    return load_file(REFERENCE / "cases.safetensors")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> dict:
+    """Recorded cases in words: their prompts and instructions."""
+    return json.loads((REFERENCE / "cases.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """The authors' reference checkpoint, converted."""
+    output = tmp_path_factory.mktemp("models") / "emma-random"
+    return convert(REFERENCE / "original", output, clip=REFERENCE / "original" / "clip", progress=False)
+
+
+@pytest.fixture(scope="session")
+def model(converted):
+    """The converted checkpoint in float32. Shared: a test that changes it makes its own."""
+    return emma_hf.EmmaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(converted):
+    return emma_hf.EmmaProcessor.from_pretrained(converted)
+
+
+@pytest.fixture
+def photo() -> Path:
+    return REFERENCE / "images" / "photo.jpg"

@@ -372,6 +372,8 @@ class EmmaModel(EmmaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         given = (pixel_values, instruction_input_ids, vision_features)
+        if all(value is None or value.shape[0] == 0 for value in given):
+            given = (None, None, None)
         if image_features is not None:
             if any(value is not None for value in given):
                 raise ValueError(
@@ -436,7 +438,9 @@ class EmmaModel(EmmaPreTrainedModel):
                 "EMMA reads the instruction into the visual tokens: pass `instruction_input_ids` (images, "
                 f"{self.config.instruction_length}) with the images, as the processor returns them."
             )
-        if vision_features is not None:
+        if vision_features is None:
+            self._check_pixel_values(pixel_values)
+        else:
             self._check_features("vision_features", vision_features, self.config.vision_config.hidden_size)
         images = pixel_values if vision_features is None else vision_features
         if images.shape[0] != instruction_input_ids.shape[0]:

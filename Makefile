@@ -1,0 +1,53 @@
+# Two environments, one per supported Transformers line; everything else is a thin wrapper around pytest and ruff.
+PYTHON ?= python3
+VERSION_t5 := 5.23.0
+VERSION_t4 := 4.57.6
+ENVIRONMENTS := t5 t4
+RANDOM_MODEL := build/emma-random
+REFERENCE := tests/fixtures/reference/original
+PYTEST := -m pytest -n 2
+# Two test processes share two cores; more threads would only get in each other's way.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: ask test test-slow lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
+
+# The main job: a picture and a question in, an answer out. Its weights are random until trained ones ship.
+ask: .venv/t5/ready $(RANDOM_MODEL)/config.json
+	@echo "The weights of this model are random, so its answer means nothing; everything else is real." >&2
+	@.venv/t5/bin/emma-hf ask --model $(RANDOM_MODEL) --max-new-tokens 16 tests/fixtures/reference/images/photo.jpg \
+		"Who is this?"
+
+$(RANDOM_MODEL)/config.json: | .venv/t5/ready
+	rm -rf $(RANDOM_MODEL)
+	.venv/t5/bin/emma-hf convert $(REFERENCE) $(RANDOM_MODEL) --clip $(REFERENCE)/clip
+
+test: $(ENVIRONMENTS:%=test-%)
+
+test-slow: $(ENVIRONMENTS:%=test-slow-%)
+
+$(ENVIRONMENTS:%=test-%): test-%: .venv/%/ready
+	.venv/$*/bin/python $(PYTEST) -m "not slow"
+
+$(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
+	.venv/$*/bin/python $(PYTEST) -m slow
+
+lint: .venv/t5/ready
+	.venv/t5/bin/ruff check .
+	.venv/t5/bin/ruff format --check .
+	.venv/t5/bin/mypy
+
+format: .venv/t5/ready
+	.venv/t5/bin/ruff check --fix .
+	.venv/t5/bin/ruff format .
+
+# open_clip is the independent check of the instruction tokens; its own requirements (torchvision) are not wanted.
+.venv/%/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv --clear .venv/$*
+	.venv/$*/bin/python -m pip install -q -c constraints.txt torch
+	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_$*) -e ".[ftfy,lint,test]"
+	.venv/$*/bin/python -m pip install -q --no-deps open_clip_torch==3.3.0
+	touch $@
+
+clean:
+	rm -rf .venv build

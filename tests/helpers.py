@@ -1,0 +1,94 @@
+"""Small things that several tests need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import CLIPTextConfig, CLIPVisionConfig
+
+from emma_hf import EmmaConfig, EmmaForConditionalGeneration
+
+IMAGE_TOKENS = 16
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+INSTRUCTION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+TEXT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def tiny_config(text: dict | None = None, **kwargs) -> EmmaConfig:
+    """A small config: 16 visual tokens, 77 instruction tokens, 120 words of which the last is `<image>`."""
+    return EmmaConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=28, patch_size=7),
+        instruction_config=CLIPTextConfig(**INSTRUCTION, vocab_size=99, max_position_embeddings=77),
+        text_config={"model_type": "llama", **TEXT, "vocab_size": 120, **(text or {})},
+        **kwargs,
+    )
+
+
+def tiny_model(seed: int = 0, text: dict | None = None, **kwargs) -> EmmaForConditionalGeneration:
+    """A small model with random weights everywhere, the visual alignment included."""
+    torch.manual_seed(seed)
+    model = EmmaForConditionalGeneration(tiny_config(text, **kwargs)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or "visual" in name:
+                parameter.normal_(0, 0.15)
+    return model
+
+
+def tiny_inputs(model: EmmaForConditionalGeneration, images: tuple[int, ...] = (1,), seed: int = 0, words: int = 8):
+    """A batch with one row per entry of `images`, that many pictures in it; all rows have the same length."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    length = max(images) * config.image_seq_length + words
+    rows = []
+    for count in images:
+        holes = count * config.image_seq_length
+        ids = torch.randint(3, 110, (length - holes,), generator=generator)
+        picture = torch.full((holes,), config.image_token_index)
+        rows.append(torch.cat([ids[:2], picture, ids[2:]]))
+    total = sum(images)
+    inputs = {"input_ids": torch.stack(rows), "attention_mask": torch.ones(len(rows), length, dtype=torch.long)}
+    if total:
+        side, vocab_size = config.vision_config.image_size, config.instruction_config.vocab_size
+        inputs["pixel_values"] = torch.randn(total, 3, side, side, generator=generator)
+        inputs["instruction_input_ids"] = torch.randint(
+            0, vocab_size, (total, config.instruction_length), generator=generator
+        )
+    return inputs
+
+
+def recorded_inputs(cases: dict[str, torch.Tensor], name: str, image_id: int = 700) -> dict[str, torch.Tensor]:
+    """Inputs of a recorded case, each -200 expanded to the placeholders of one image; padding is 0."""
+    rows, masks = [], []
+    ids = cases[f"{name}.input_ids"]
+    mask = cases.get(f"{name}.attention_mask", torch.ones_like(ids))
+    for row, kept in zip(ids.tolist(), mask.tolist()):
+        expanded = []
+        for token, keep in zip(row, kept):
+            if keep:
+                expanded += [image_id] * IMAGE_TOKENS if token == -200 else [token]
+        rows.append(torch.tensor(expanded))
+        masks.append(torch.ones(len(expanded), dtype=torch.long))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(rows, batch_first=True),
+        "attention_mask": pad(masks, batch_first=True),
+        "pixel_values": cases[f"{name}.pixel_values"],
+        "instruction_input_ids": cases[f"{name}.instruction_input_ids"],
+    }
+
+
+def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, importable: bool = True, **environment: str):
+    """Run `code` in a fresh process, offline; with `importable=False` the package cannot be imported there."""
+    hide = "import sys; sys.modules['emma_hf'] = None\n"
+    return subprocess.run(
+        [sys.executable, "-c", ("" if importable else hide) + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        timeout=300,
+    )
