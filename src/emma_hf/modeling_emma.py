@@ -638,7 +638,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         """Repeat each row for its beams or samples. Pictures are encoded first, once, and repeated row by row."""
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-        if images and (expand_size > 1 or model_kwargs.get("use_cache") is False):
+        if images and expand_size > 1:
             if "image_features" not in images:
                 images = {"image_features": self.get_image_features(**images, return_dict=True).pooler_output}
             groups = self._images_per_row(input_ids, model_kwargs.get("inputs_embeds"), images["image_features"])
