@@ -409,12 +409,13 @@ def _prompt_tokenizer(source: Path, authors: dict[str, Any], config: EmmaConfig)
         if not path.is_file():
             raise FileNotFoundError(f"{source} lacks tokenizer_config.json. Fetch the tokenizer's files, too.")
         values = _read_json(path)
-        # Where a checkpoint is silent, the Transformers of the authors reads it as legacy.
+        # Where a checkpoint is silent, the Transformers of the authors reads it so.
         values.setdefault("legacy", True)
+        values.setdefault("add_bos_token", True)
         values.setdefault("model_max_length", authors.get("tokenizer_model_max_length"))
         _write_json(Path(folder) / "tokenizer_config.json", values)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.init_kwargs["legacy"] = values["legacy"]
+    tokenizer.init_kwargs.update({name: values[name] for name in ("legacy", "add_bos_token")})
     rows = config.text_config.vocab_size - 1
     # An embedding can have more rows than the tokenizer has tokens; they get names, so that `<image>` is the row after.
     tokenizer.add_tokens([f"<reserved_{index}>" for index in range(len(tokenizer), rows)], special_tokens=True)

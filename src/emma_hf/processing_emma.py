@@ -45,8 +45,8 @@ CHAT_TEMPLATE = """\
         {%- endif -%}
         {{- words(message['content']) + ' ' -}}
     {%- elif message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT: ' -}}
-        {%- generation -%}{{- words(message['content']) + eos_token -}}{%- endgeneration -%}
+        {{- 'ASSISTANT:' -}}
+        {%- generation -%}{{- ' ' + words(message['content']) + eos_token -}}{%- endgeneration -%}
     {%- elif not (message['role'] == 'system' and loop.first) -%}
         {{- raise_exception("Roles are system (first only), user and assistant: got " + message['role']) -}}
     {%- endif -%}
@@ -155,6 +155,8 @@ class EmmaProcessor(ProcessorMixin):
         """
         if text is None and images is None:
             raise ValueError("Pass `text`, `images` or both: got neither.")
+        # The marks of `sanitize_control_tokens` are understood wherever they stand.
+        kwargs.pop("sanitize_control_tokens", None)
         merged = self._merge_kwargs(
             EmmaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
         )
@@ -163,7 +165,7 @@ class EmmaProcessor(ProcessorMixin):
         images_kwargs.pop("return_tensors", None)
 
         data: dict[str, Any] = {}
-        prompts = None if text is None else self._check_prompts(text, text_kwargs)
+        prompts = None if text is None else self._check_prompts(text)
         if prompts is not None:
             counts = [prompt.count(self.image_token) for prompt in prompts]
             images = self._check_image_counts(images, counts)
@@ -226,14 +228,12 @@ class EmmaProcessor(ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
-    def _check_prompts(self, text: Any, text_kwargs: dict[str, Any]) -> list[str]:
+    def _check_prompts(self, text: Any) -> list[str]:
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
             kind = type(text).__name__ if not isinstance(text, (list, tuple)) else [type(p).__name__ for p in text]
             raise ValueError(f"`text` must be a string or a list of at least one string: got {kind}.")
-        if text_kwargs.pop("sanitize_control_tokens", False):
-            prompts = [unmark_control_tokens(prompt) for prompt in prompts]
-        return list(prompts)
+        return [unmark_control_tokens(prompt) for prompt in prompts]
 
     def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
         """The pictures in one list, after each prompt was seen to have its own."""
@@ -284,7 +284,7 @@ class EmmaProcessor(ProcessorMixin):
             rows = [[row] if isinstance(row, str) else list(row) for row in instructions]
         elif len(counts) == 1:
             rows = [list(instructions)]
-            if len(rows[0]) == 1:
+            if len(rows[0]) == 1 and counts[0]:
                 rows = [rows[0] * counts[0]]
         else:
             rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
@@ -320,6 +320,8 @@ class EmmaProcessor(ProcessorMixin):
             limit = self.tokenizer.model_max_length if max_length is None else max_length
             encoded = [self._truncate(ids, offsets, limit, row) for row, (ids, offsets) in enumerate(encoded)]
         side = padding_side or self.tokenizer.padding_side
+        # Padding is a step of its own here; 4.57 advises against that for every fast tokenizer.
+        getattr(self.tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
         if padding and self.tokenizer.pad_token_id is None:
             raise ValueError(
                 "Padding needs a padding token, which the tokenizer lacks: set `processor.tokenizer.pad_token`."
@@ -446,14 +448,15 @@ class EmmaProcessor(ProcessorMixin):
 def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer's config so that both supported Transformers versions read the same tokenizer from it.
 
-    5.x drops `legacy`, without which a Llama tokenizer is read as `legacy=False`, and lists its extra tokens under a
-    name that 4.57 expects to hold a dictionary.
+    5.x drops `legacy` and `add_bos_token`, without which a Llama tokenizer is read as another one, and lists its extra
+    tokens under a name that 4.57 expects to hold a dictionary.
     """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    legacy = tokenizer.init_kwargs.get("legacy", getattr(tokenizer, "legacy", None))
-    if legacy is not None:
-        config["legacy"] = legacy
+    for name in ("legacy", "add_bos_token", "add_eos_token"):
+        value = tokenizer.init_kwargs.get(name, getattr(tokenizer, name, None))
+        if value is not None:
+            config[name] = value
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.pop("auto_map", None)
