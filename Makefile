@@ -26,7 +26,9 @@ test: $(ENVIRONMENTS:%=test-%)
 
 test-slow: $(ENVIRONMENTS:%=test-slow-%)
 
-$(ENVIRONMENTS:%=test-%): test-%: .venv/%/ready
+# What one version saves the other must load, so each environment's tests know the other's Python.
+$(ENVIRONMENTS:%=test-%): test-%: $(ENVIRONMENTS:%=.venv/%/ready)
+	EMMA_OTHER_PYTHON=$(abspath .venv/$(filter-out $*,$(ENVIRONMENTS))/bin/python) \
 	.venv/$*/bin/python $(PYTEST) -m "not slow"
 
 $(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready

@@ -4,15 +4,15 @@ import json
 import os
 from pathlib import Path
 
+# Nothing in the tests may reach for the network; the variable is read on import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import emma_hf
 from emma_hf.conversion import convert
-
-# Nothing in the tests may reach for the network: what is not here is a failure.
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
 

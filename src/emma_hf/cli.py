@@ -110,8 +110,8 @@ class _Chat:
 
         if args.max_new_tokens < 1:
             raise ValueError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
-        if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-            raise ValueError(f"`--dtype` must be auto or a torch dtype such as bfloat16: got {args.dtype!r}.")
+        if args.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ValueError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             torch.empty(0, device=device)
@@ -136,7 +136,9 @@ class _Chat:
         ids = inputs["input_ids"][0].tolist()
         if self.cache is not None:
             # What the template makes of an answer can differ from what was generated: keep what is common.
-            self.cache.crop(_common_prefix(self.cached_ids, ids[:-1]))
+            surplus = len(self.cached_ids) - _common_prefix(self.cached_ids, ids[:-1])
+            if surplus:
+                self.cache.crop(-surplus)
         outputs = self.model.generate(
             **inputs,
             past_key_values=self.cache,

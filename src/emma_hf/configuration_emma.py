@@ -157,7 +157,6 @@ class EmmaConfig(PretrainedConfig):
 
         # The head is tied, or not, as the language model's own checkpoint has it.
         kwargs.pop("tie_word_embeddings", None)
-        kwargs.pop("auto_map", None)
         super().__init__(tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False), **kwargs)
 
     @property

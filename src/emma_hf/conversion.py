@@ -415,7 +415,7 @@ def _prompt_tokenizer(source: Path, authors: dict[str, Any], config: EmmaConfig)
         values.setdefault("model_max_length", authors.get("tokenizer_model_max_length"))
         _write_json(Path(folder) / "tokenizer_config.json", values)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.init_kwargs.update({name: values[name] for name in ("legacy", "add_bos_token")})
+    tokenizer.init_kwargs["legacy"] = values["legacy"]
     rows = config.text_config.vocab_size - 1
     # An embedding can have more rows than the tokenizer has tokens; they get names, so that `<image>` is the row after.
     tokenizer.add_tokens([f"<reserved_{index}>" for index in range(len(tokenizer), rows)], special_tokens=True)

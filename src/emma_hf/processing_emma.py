@@ -453,10 +453,13 @@ def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("legacy", "add_bos_token", "add_eos_token"):
-        value = tokenizer.init_kwargs.get(name, getattr(tokenizer, name, None))
-        if value is not None:
-            config[name] = value
+    legacy = tokenizer.init_kwargs.get("legacy", getattr(tokenizer, "legacy", None))
+    if legacy is not None:
+        # Not what the attributes say, which 5.x does not keep up with the file, but what is done.
+        ids = tokenizer("a")["input_ids"]
+        config["legacy"] = legacy
+        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.pop("auto_map", None)

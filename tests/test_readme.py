@@ -1,0 +1,94 @@
+"""The README's and the model card's commands and code, run as written on the reference checkpoint."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(name: str, language: str) -> list[str]:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, converted, reference) -> Path:
+    """A folder with the files that the README speaks of: `photo.jpg` and the converted `emma-7b`."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(reference / "images" / "photo.jpg", folder)
+    shutil.copytree(converted, folder / "emma-7b")
+    return folder
+
+
+def environment(place: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HF_MODULES_CACHE": str(place / "modules")}
+
+
+def test_the_python_of_the_readme_runs_in_its_order(place):
+    code = "\n".join(blocks("README.md", "python"))
+    assert code.count("generate(") == 2
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_of_the_model_card_runs(place):
+    (code,) = blocks("MODEL_CARD.md", "python")
+    # The repository's name stands for a folder here: nothing is fetched.
+    code = code.replace("org/emma-7b", "emma-7b")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_of_the_readme_run(place, reference):
+    commands = [line for block in blocks("README.md", "bash") for line in block.splitlines() if "emma-hf " in line]
+    assert len(commands) == 4
+    shutil.rmtree(place / "emma-7b", ignore_errors=True)
+    original = reference / "original"
+    for command in commands:
+        # The reference checkpoint stands for the authors' on the Hub, and brings its own CLIP.
+        command = command.replace("saraghznfri/emma-7b emma-7b", f"{original} emma-7b --clip {original / 'clip'}")
+        done = subprocess.run(
+            command, shell=True, cwd=place, env=environment(place), capture_output=True, text=True, timeout=300,
+            input="Who is it?\n\n",
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (place / "emma-7b-authors" / "clip" / "config.json").is_file()
+
+
+def test_the_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^make (\S+)", "\n".join(blocks("README.md", "bash")), re.MULTILINE)
+    assert targets == ["ask", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_files_that_the_documents_name_exist():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), target
+    for folder, file in re.findall(r"`(?:(tests/|src/emma_hf/|benchmarks/))?(\w+\.py)`", text):
+        places = [ROOT / folder / file] if folder else [ROOT / "src" / "emma_hf" / file, ROOT / "tests" / file]
+        assert any(place.is_file() for place in places), file
+
+
+def test_the_model_card_is_valid():
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(ROOT / "MODEL_CARD.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.license == "apache-2.0"
