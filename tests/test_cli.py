@@ -85,7 +85,10 @@ def test_conversion_and_back(reference, tmp_path, capfd):
         (["ask", "--model", "MODEL", "none.jpg", "Who?"], "There is no picture at 'none.jpg'"),
         (["ask", "--model", "MODEL", "Who?"], "takes IMAGE QUESTION"),
         (["ask", "--model", "MODEL", "PHOTO", "Who", "is"], "Quote the question"),
-        (["ask", "--model", "MODEL", "--dtype", "int", "PHOTO", "Who?"], "must be auto, float32, float16 or bfloat16: got 'int'"),
+        (
+            ["ask", "--model", "MODEL", "--dtype", "int", "PHOTO", "Who?"],
+            "must be auto, float32, float16 or bfloat16: got 'int'",
+        ),
         (["ask", "--model", "MODEL", "--device", "tpu9", "PHOTO", "Who?"], "a device of this machine: got 'tpu9'"),
         (["ask", "--model", "MODEL", "--max-new-tokens", "0", "PHOTO", "Who?"], "at least 1: got 0"),
         (["ask", "--model", "none/none", "PHOTO", "Who?"], "none/none"),

@@ -218,7 +218,10 @@ def test_authors_to_package_to_authors_is_bit_exact(reference, converted, tmp_pa
     assert all(theirs[key] == ours[key] for key in theirs.keys() & ours.keys())
     assert ours["encoder_version"] == "v1"
     assert ours["mm_text_select_feature"] == "cls_patch"
-    merges = [gzip.decompress((folder / BPE_NAME).read_bytes()).decode().split("\n") for folder in (reference / "original", back)]
+    merges = [
+        gzip.decompress((folder / BPE_NAME).read_bytes()).decode().split("\n")
+        for folder in (reference / "original", back)
+    ]
     assert merges[0][1:48895] == merges[1][1:48895]
     for name in ("tokenizer.model",):
         assert (back / name).read_bytes() == (reference / "original" / name).read_bytes()
@@ -379,4 +382,3 @@ def test_sizes():
     assert [parse_size(text) for text in ("5GB", "256mb", "1.5 GiB", 7, "8KB")] == [
         5 * 10**9, 256 * 10**6, 3 * 2**29, 7, 8000,
     ]  # fmt: skip
-

@@ -67,7 +67,9 @@ def test_recorded_pixels(reference, as_pil):
         assert np.abs(actual - expected).max() < 1e-5, key
 
 
-@pytest.mark.parametrize("size", [(50, 80), (80, 50), (3, 700), (700, 3), (1, 1), (1, 3), (3, 1), (31, 31), (2000, 1500)])
+@pytest.mark.parametrize(
+    "size", [(50, 80), (80, 50), (3, 700), (700, 3), (1, 1), (1, 3), (3, 1), (31, 31), (2000, 1500)]
+)
 def test_pixels_equal_those_of_the_whole_square(size):
     image = Image.fromarray(noise(size[1], size[0]))
     actual = pixels(EmmaImageProcessor(), image)
@@ -282,7 +284,9 @@ def test_decompression_bombs_are_refused(small, monkeypatch):
 
 
 def test_sizes_that_say_nothing_are_named():
-    with pytest.raises(ValueError, match=r"`size` must give \['height', 'width'\] or \['shortest_edge'\].*got {'edge': 3}"):
+    with pytest.raises(
+        ValueError, match=r"`size` must give \['height', 'width'\] or \['shortest_edge'\].*got {'edge': 3}"
+    ):
         EmmaImageProcessor(size={"edge": 3})
     with pytest.raises(ValueError, match="each at least 1: got"):
         EmmaImageProcessor(crop_size=0)

@@ -278,7 +278,12 @@ def test_the_answer_never_becomes_the_training_instruction(tokenizer):
     # The answer is the shortest text of the row: any mix-up would choose it.
     answer = {"from": "gpt", "value": "Ha"}
     question = {"from": "human", "value": "<image>\nWhat could be the reason for taking this photo, do you think?"}
-    for row in ([question, answer], [answer, question], [question, answer, question, answer], [answer, question, answer]):
+    for row in (
+        [question, answer],
+        [answer, question],
+        [question, answer, question, answer],
+        [answer, question, answer],
+    ):
         assert "reason" in training_instruction(row, tokenizer)
     with pytest.raises(ValueError, match=r"needs a user turn.*got \['gpt'\]"):
         training_instruction([answer], tokenizer)

@@ -508,7 +508,9 @@ def test_the_vision_path_exports_with_a_dynamic_batch():
     batch = torch.export.Dim("batch", min=2, max=64)
     with torch.no_grad():
         program = torch.export.export(
-            VisionPath(model), arguments, dynamic_shapes={"pixel_values": {0: batch}, "instruction_input_ids": {0: batch}}
+            VisionPath(model),
+            arguments,
+            dynamic_shapes={"pixel_values": {0: batch}, "instruction_input_ids": {0: batch}},
         )
         for count in (2, 3, 5):
             pixels, ids = torch.randn(count, 3, 28, 28), torch.randint(0, 99, (count, 77))
@@ -537,7 +539,9 @@ def test_too_few_and_too_many_placeholders_are_named():
     model = tiny_model()
     inputs = tiny_inputs(model, images=(1, 1))
     more = {**inputs, "pixel_values": torch.randn(3, 3, 28, 28), "instruction_input_ids": torch.zeros(3, 77).long()}
-    with pytest.raises(ValueError, match=r"^Image features and image tokens do not match: 32 tokens .*\[1, 1\].*48 feat"):
+    with pytest.raises(
+        ValueError, match=r"^Image features and image tokens do not match: 32 tokens .*\[1, 1\].*48 feat"
+    ):
         model(**more)
     with pytest.raises(ValueError, match=r"^Image features and image tokens do not match: 32 tokens .* but 0 features"):
         model(input_ids=inputs["input_ids"])
@@ -583,4 +587,3 @@ def test_features_of_a_wrong_shape_are_named():
 def test_a_fused_path_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="fusion_implementation='triton' is not available"):
         EmmaForConditionalGeneration(tiny_config(fusion_implementation="triton"))
-

@@ -41,9 +41,7 @@ def user(*parts) -> dict:
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_prompts_and_instructions(processor, cases, prompts, name):
     case = prompts[name]
-    inputs = processor(
-        images=[picture()] * len(case["instructions"]), text=case["prompt"], return_tensors="pt"
-    )
+    inputs = processor(images=[picture()] * len(case["instructions"]), text=case["prompt"], return_tensors="pt")
     expected = recorded_inputs(cases, name)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
     assert torch.equal(inputs["instruction_input_ids"], expected["instruction_input_ids"])
@@ -55,7 +53,11 @@ def test_recorded_prompts_and_instructions(processor, cases, prompts, name):
 
 
 def test_a_padded_batch_pads_the_prompt_and_never_the_instruction(processor):
-    texts = ["USER: <image>\nWho? ASSISTANT:", "USER: hello there ASSISTANT:", "USER: <image>\n<image>\nWhat? ASSISTANT:"]
+    texts = [
+        "USER: <image>\nWho? ASSISTANT:",
+        "USER: hello there ASSISTANT:",
+        "USER: <image>\n<image>\nWhat? ASSISTANT:",
+    ]
     images = [[picture(0)], [], [picture(1), picture(2)]]
     single = [processor(images=row or None, text=text) for row, text in zip(images, texts)]
     for side in ("left", "right"):
@@ -75,7 +77,9 @@ def test_a_padded_batch_pads_the_prompt_and_never_the_instruction(processor):
             rows = [asked(processor, "Who?"), asked(processor, "What?"), asked(processor, "What?")]
             assert batch["instruction_input_ids"].tolist() == rows
     flat = processor(images=[image for row in images for image in row], text=texts, padding=True, return_tensors="pt")
-    assert torch.equal(flat["input_ids"], processor(images=images, text=texts, padding=True, return_tensors="pt")["input_ids"])
+    assert torch.equal(
+        flat["input_ids"], processor(images=images, text=texts, padding=True, return_tensors="pt")["input_ids"]
+    )
 
 
 def test_text_kwargs_and_special_tokens(processor):
@@ -93,7 +97,11 @@ def test_text_kwargs_and_special_tokens(processor):
 def test_offsets_point_into_the_prompt(processor):
     prompt = "USER: <image>\nWho is it? ASSISTANT: An officer."
     inputs = processor(images=picture(), text=prompt, return_offsets_mapping=True)
-    spans = {prompt[start:end] for token, (start, end) in zip(inputs["input_ids"][0], inputs["offset_mapping"][0]) if token == 700}
+    spans = {
+        prompt[start:end]
+        for token, (start, end) in zip(inputs["input_ids"][0], inputs["offset_mapping"][0])
+        if token == 700
+    }
     assert spans == {"<image>"}
     ends = [end for _, end in inputs["offset_mapping"][0]]
     assert max(ends) == len(prompt)
@@ -135,12 +143,19 @@ def test_instructions_of_two_prompts(processor, instructions, expected):
     [("a", "aa"), (["a"], "aa"), (["a", "b"], "ab"), ([["a", "b"]], "ab"), (("a", "b"), "ab")],
 )
 def test_instructions_of_one_prompt(processor, instructions, expected):
-    ids = processor(images=[picture()] * 2, text="<image>\n<image>\nx", instructions=instructions)["instruction_input_ids"]
+    ids = processor(images=[picture()] * 2, text="<image>\n<image>\nx", instructions=instructions)[
+        "instruction_input_ids"
+    ]
     assert ids == [asked(processor, text) for text in expected]
 
 
 def test_unusual_text_is_legal(processor, model):
-    for text in ("USER: <image> ASSISTANT:", "<image>", "USER: <image>\n" + "word " * 10_000 + "ASSISTANT:", "<image><image>"):
+    for text in (
+        "USER: <image> ASSISTANT:",
+        "<image>",
+        "USER: <image>\n" + "word " * 10_000 + "ASSISTANT:",
+        "<image><image>",
+    ):
         images = [picture()] * text.count("<image>")
         inputs = processor(images=images, text=text, return_tensors="pt")
         assert (inputs["input_ids"] == 700).sum() == IMAGE_TOKENS * len(images)
@@ -156,7 +171,9 @@ def test_truncation_cuts_words_and_never_a_picture(processor):
     whole = processor(images=picture(), text=text)["input_ids"][0]
     cut = processor(images=picture(), text=text, truncation=True, max_length=len(whole) - 4)["input_ids"][0]
     assert cut == whole[:-4]
-    with pytest.raises(ValueError, match=r"must not cut an image: prompt 0 has \d+ tokens and would lose \d+ of its 16"):
+    with pytest.raises(
+        ValueError, match=r"must not cut an image: prompt 0 has \d+ tokens and would lose \d+ of its 16"
+    ):
         processor(images=picture(), text=text, truncation=True, max_length=12)
 
 

@@ -66,9 +66,7 @@ def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor |
     if TRANSFORMERS_5:
         from transformers.masking_utils import create_causal_mask
 
-        return create_causal_mask(
-            config=config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-        )
+        return create_causal_mask(config=config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
     from transformers.modeling_attn_mask_utils import _create_4d_causal_attention_mask
 
     return _create_4d_causal_attention_mask(hidden_states.shape[:2], hidden_states.dtype, hidden_states.device)

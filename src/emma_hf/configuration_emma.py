@@ -133,16 +133,11 @@ class EmmaConfig(PretrainedConfig):
     ) -> None:
         self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)
         self.instruction_config = _sub_config(instruction_config, CLIPTextConfig, CLIP_TEXT_DEFAULTS)
-        if text_config is None:
-            text_config = VICUNA_DEFAULTS
-        if isinstance(text_config, dict):
-            text_config = text_config_from_dict(text_config)
-            text_config = CONFIG_MAPPING[text_config.pop("model_type", "llama")](**text_config)
-        self.text_config = text_config
+        self.text_config: PretrainedConfig = _text_config(text_config)
 
         if "image_token_id" in kwargs:
             image_token_index = kwargs.pop("image_token_id")
-        self.image_token_index = text_config.vocab_size - 1 if image_token_index is None else image_token_index
+        self.image_token_index = self.text_config.vocab_size - 1 if image_token_index is None else image_token_index
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.instruction_feature_layer = instruction_feature_layer
@@ -157,7 +152,7 @@ class EmmaConfig(PretrainedConfig):
 
         # The head is tied, or not, as the language model's own checkpoint has it.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=getattr(text_config, "tie_word_embeddings", False), **kwargs)
+        super().__init__(tie_word_embeddings=getattr(self.text_config, "tie_word_embeddings", False), **kwargs)
 
     @property
     def instruction_seq_length(self) -> int:
@@ -231,6 +226,19 @@ def copy_hub_files(folder: str | os.PathLike) -> None:
         source = Path(__file__).with_name(name)
         if source.exists() and source.parent.resolve() != folder.resolve():
             shutil.copyfile(source, folder / name)
+
+
+def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    values = text_config_from_dict(VICUNA_DEFAULTS if value is None else value)
+    model_type = values.pop("model_type", "llama")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`text_config` must be a language model that Transformers knows: got model_type {model_type!r}. Check its "
+            "spelling, or update Transformers."
+        )
+    return CONFIG_MAPPING[model_type](**values)
 
 
 def _sub_config(value, config_class, defaults):

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -315,7 +315,7 @@ def _key_of(choices: dict[str, str], value: str) -> str:
 
 
 def _renamed(
-    tensors: dict[str, StoredTensor], table: dict[str, str | None], folder: Path
+    tensors: dict[str, StoredTensor], table: Mapping[str, str | None], folder: Path
 ) -> dict[str, StoredTensor]:
     # The specific rules, those that leave a tensor out, come before the general ones.
     rules = sorted(table.items(), key=lambda rule: rule[1] is not None)
@@ -497,8 +497,8 @@ def _fetch(source: str | Path) -> Path:
         # Network, rights and names fail in many ways, with messages of many lines.
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"{source} is no folder here and cannot be fetched from the Hub ({reason}). Check the name, the network and "
-            "your token."
+            f"{source} is no folder here and cannot be fetched from the Hub ({reason}). Check the name, the network "
+            "and your token."
         ) from error
 
 

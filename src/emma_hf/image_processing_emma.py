@@ -6,7 +6,6 @@ import difflib
 import logging
 import os
 import shutil
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -187,39 +186,25 @@ def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
         image = _pad(image, colour)
     if settings["do_center_crop"]:
         image = _center_crop(image, settings["crop_size"])
-    table = _table(
-        settings["rescale_factor"] if settings["do_rescale"] else None,
-        tuple(settings["image_mean"]) if settings["do_normalize"] else None,
-        tuple(settings["image_std"]),
-    )
     array = np.asarray(image)
     pixels = np.empty((3, *array.shape[:2]), dtype=np.float32)
-    for channel in range(3):
-        np.take(table[channel], array[..., channel], out=pixels[channel], mode="clip")
+    factor = settings["rescale_factor"] if settings["do_rescale"] else 1.0
+    for channel, (mean, std) in enumerate(zip(settings["image_mean"], settings["image_std"])):
+        mean, std = (mean, std) if settings["do_normalize"] else (0.0, 1.0)
+        np.multiply(array[..., channel], np.float32(factor / std), out=pixels[channel], dtype=np.float32)
+        pixels[channel] -= np.float32(mean / std)
     return pixels
 
 
-@lru_cache(maxsize=8)
-def _table(factor: float | None, mean: tuple[float, ...] | None, std: tuple[float, ...]) -> np.ndarray:
-    """What each of the 256 values becomes, per channel, float32 (3, 256)."""
-    values = np.arange(256, dtype=np.float64)
-    if factor is not None:
-        values = values * factor
-    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)
-    if mean is not None:
-        table = (table - np.array(mean, dtype=np.float32)[:, None]) / np.array(std, dtype=np.float32)[:, None]
-    return table
-
-
-def _pad_and_resize(
-    image: Image.Image, size: tuple[int, int], resample: int, colour: tuple[int, ...]
-) -> Image.Image:
+def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, colour: tuple[int, ...]) -> Image.Image:
     """`image` padded to a square around its centre, then resized to `size`, without making the square.
 
     Pillow resizes rows first and columns second, with 8 bits in between. Doing the two steps apart gives the same
     pixels, and the rows that are only padding need no resizing.
     """
     side, (width, height) = max(image.size), size
+    if image.width < image.height and side * side <= STRIP_PIXELS:
+        return _pad(image, colour).resize(size, resample)
     _check_pixels(width * side, image.size)
     narrow = Image.new("RGB", (width, side), colour)
     if image.width > image.height:
@@ -291,7 +276,9 @@ def _to_rgb(image: Any, input_data_format: str | None) -> Image.Image:
     try:
         if image.mode.startswith("I") or image.mode == "F":
             return _deep_to_rgb(image)
-        return image.convert("RGB")
+        # Decoding is what can fail, and it happens in place; an RGB picture needs no copy.
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except OSError as error:
         raise ValueError(f"The picture cannot be decoded ({error}). Is the file complete?") from error
 

@@ -33,7 +33,7 @@ _ASSISTANT = re.compile(r"(?<!\w)ASSISTANT:")
 
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _TERMINAL_ESCAPE = re.compile("\x1b\\[[0-9;]*[a-zA-Z]")
-_CONTROL_CHARACTERS = {code: None for code in (*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F)}
+_CONTROL_CHARACTERS = dict.fromkeys((*range(0, 9), 11, *range(14, 32), 127))
 _STRAIGHT_QUOTES = {
     **dict.fromkeys(range(0x201C, 0x2020), '"'),
     **dict.fromkeys((0x02BC, *range(0x2018, 0x201C)), "'"),
@@ -89,7 +89,7 @@ def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: in
             ids.append(tokenizer.eos_token_id)
         else:
             ids += _byte_pair_ids(tokenizer, word)
-    ids = ids[: length - 1] + [tokenizer.eos_token_id]
+    ids = [*ids[: length - 1], tokenizer.eos_token_id]
     return ids + [0] * (length - len(ids))
 
 
@@ -178,7 +178,8 @@ def training_instruction(
     turns = [message["value"] for message in conversation if message["from"] in ("human", "user")]
     if not turns:
         raise ValueError(
-            f"A training row needs a user turn (`from` is 'human'): got {[message['from'] for message in conversation]}."
+            "A training row needs a user turn (`from` is 'human'): got "
+            f"{[message['from'] for message in conversation]}."
         )
     if len(conversation) == 2:
         return turns[0].replace(image_token, "").strip()

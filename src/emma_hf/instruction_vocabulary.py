@@ -64,7 +64,7 @@ def _read_merges(path: Path) -> list[str]:
 def _from_merges(merges: list[str]) -> PreTrainedTokenizerBase:
     from .instruction_emma import byte_letters
 
-    # In the order of OpenAI's `tokenizer.py`: printable bytes first, as they stand, then those with a letter of their own.
+    # In the order of OpenAI's `tokenizer.py`: printable bytes first, then those with a letter of their own.
     letters = sorted(byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split(" ")) for merge in merges)]
     vocabulary = {word: index for index, word in enumerate([*words, START, END])}

@@ -98,9 +98,7 @@ class EmmaModalityAdaptation(nn.Module):
         width = config.vision_config.hidden_size
         self.instruction_projection = nn.Linear(config.instruction_config.hidden_size, width)
         self.visual_alignment = EmmaVisualAlignment(config.image_seq_length, config.instruction_seq_length)
-        self.visual_offset = (
-            nn.Parameter(torch.empty(config.image_seq_length, width)) if config.visual_offset else None
-        )
+        self.visual_offset = nn.Parameter(torch.empty(config.image_seq_length, width)) if config.visual_offset else None
 
     def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
         """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
@@ -283,9 +281,7 @@ class EmmaModel(EmmaPreTrainedModel):
         elif vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
         instruction_features = self.get_instruction_features(instruction_input_ids)
-        fused_features = self.modality_adaptation(
-            vision_features.to(instruction_features.device), instruction_features
-        )
+        fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features,
             pooler_output=self.multi_modal_projector(fused_features),
@@ -442,7 +438,8 @@ class EmmaModel(EmmaPreTrainedModel):
             self._check_pixel_values(pixel_values)
         else:
             self._check_features("vision_features", vision_features, self.config.vision_config.hidden_size)
-        images = pixel_values if vision_features is None else vision_features
+        images = vision_features if pixel_values is None else pixel_values
+        assert images is not None
         if images.shape[0] != instruction_input_ids.shape[0]:
             raise ValueError(
                 f"Each image has one row of instruction tokens: got {images.shape[0]} images and "
@@ -623,7 +620,8 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         if in_step == in_all or given != sum(in_all):
             # Also where a caller who keeps the cache passes the new turn's images alone.
             return images if sum(in_step) else {}
-        chosen, end = [], 0
+        chosen: list[int] = []
+        end = 0
         for new, every in zip(in_step, in_all):
             end += every
             chosen.extend(range(end - new, end))

@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-class EmmaProcessorKwargs(ProcessingKwargs, total=False):
+class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
 
 
@@ -237,6 +237,7 @@ class EmmaProcessor(ProcessorMixin):
 
     def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
         """The pictures in one list, after each prompt was seen to have its own."""
+        rows: list[list[Any]]
         if images is None:
             rows = [[] for _ in counts]
         else:
@@ -288,7 +289,7 @@ class EmmaProcessor(ProcessorMixin):
                 rows = [rows[0] * counts[0]]
         else:
             rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
-        if len(rows) != len(counts) or len(instructions) != len(rows) and len(counts) > 1:
+        if len(rows) != len(counts) or (len(instructions) != len(rows) and len(counts) > 1):
             raise ValueError(
                 f"`instructions` must have one entry per prompt: got {len(instructions)} for {len(counts)} prompts."
             )
