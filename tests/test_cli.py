@@ -93,6 +93,8 @@ def test_conversion_and_back(reference, tmp_path, capfd):
         (["ask", "--model", "MODEL", "--max-new-tokens", "0", "PHOTO", "Who?"], "at least 1: got 0"),
         (["ask", "--model", "none/none", "PHOTO", "Who?"], "none/none"),
         (["chat", "--model", "MODEL", "-"], "no picture can come from there: got `-`"),
+        (["convert", "OUTPUT"], "saraghznfri/emma-7b is no folder here and cannot be fetched"),
+        (["convert", "--reverse", "OUTPUT"], "`--reverse` needs a SOURCE"),
         (["convert", "none/none/none", "OUTPUT"], "neither a folder nor a Hub id"),
         (["convert", "MODEL", "OUTPUT", "--reverse", "--clip", "x"], "CLIP is written, not read"),
         (["convert", "MODEL", "MODEL", "--reverse"], "OUTPUT must not exist yet"),

@@ -459,6 +459,17 @@ def test_missing_weights_begin_as_an_untrained_emma(tmp_path):
     assert 0 < adaptation.instruction_projection.weight.std() < 0.1
 
 
+def test_a_half_written_checkpoint_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="The weight files must be whole: .* truncated or damaged"):
+        EmmaForConditionalGeneration.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        EmmaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_the_model_can_be_built_on_the_meta_device_and_copied():
     with torch.device("meta"):
         model = EmmaForConditionalGeneration(tiny_config())

@@ -30,8 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="turn the authors' checkpoint into a Hub folder, or back")
-    convert.add_argument("source", help="folder or Hub id of the authors' checkpoint (with --reverse: of ours)")
-    convert.add_argument("output", help="folder to write; it must not exist")
+    convert.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="folder or Hub id of the authors' checkpoint, or with --reverse of ours (default: the released one)",
+    )
+    convert.add_argument("output", metavar="OUTPUT", help="folder to write; it must not exist")
     convert.add_argument("--clip", help="folder or Hub id of the CLIP checkpoint (default: what the config names)")
     convert.add_argument("--dtype", help="dtype of every tensor, such as bfloat16 (default: as it is)")
     convert.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 2GB (default: 5GB)")
@@ -60,15 +65,17 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .conversion import convert, reverse
+    from .conversion import DEFAULT_SOURCE, convert, reverse
 
     options: dict[str, Any] = {"dtype": args.dtype, "max_shard_size": args.max_shard_size}
     if args.reverse:
+        if args.source is None:
+            raise ValueError("`--reverse` needs a SOURCE, a folder or Hub id of a converted model: got none.")
         if args.clip is not None:
             raise ValueError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
         reverse(args.source, args.output, **options)
     else:
-        convert(args.source, args.output, clip=args.clip, **options)
+        convert(args.source or DEFAULT_SOURCE, args.output, clip=args.clip, **options)
     print(f"wrote {args.output}", file=sys.stderr)
 
 

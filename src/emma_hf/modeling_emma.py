@@ -151,11 +151,24 @@ class EmmaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "EmmaPreTrainedModel":
-        """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names."""
+        """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names.
+
+        Raises:
+            ValueError: a weight file that is truncated or damaged.
+        """
         mapping = tower_key_mapping()
         if mapping is not None:
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
-        return super().from_pretrained(*args, **kwargs)
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except Exception as error:
+            # By its name: safetensors itself is not imported by the files that travel.
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(
+                f"The weight files must be whole: {args[0] if args else 'the checkpoint'} has one that is truncated or "
+                f"damaged ({error}). Fetch or save it again."
+            ) from error
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
