@@ -92,7 +92,9 @@ def test_the_folder_is_complete(converted, reference):
     assert not config["visual_offset"]
     assert config.get("dtype", config.get("torch_dtype")) == "float16"
     assert json.loads((converted / "generation_config.json").read_text())["suppress_tokens"] == [700]
-    assert json.loads((converted / "tokenizer_config.json").read_text())["legacy"] is False
+    tokenizer = json.loads((converted / "tokenizer_config.json").read_text())
+    assert tokenizer["legacy"] is False
+    assert tokenizer["padding_side"] == "left"
     assert json.loads((converted / "preprocessor_config.json").read_text())["do_pad"] is True
     folder = str(reference.parent)
     for path in converted.rglob("*.json"):

@@ -470,6 +470,17 @@ def test_a_half_written_checkpoint_is_named(tmp_path):
         EmmaForConditionalGeneration.from_pretrained(tmp_path)
 
 
+def test_weights_that_the_config_does_not_fit_are_named(tmp_path):
+    import json
+
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text()), "instruction_feature_select_strategy": "cls"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="The config and the weights must have the same shapes: those of"):
+        EmmaForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_the_model_can_be_built_on_the_meta_device_and_copied():
     with torch.device("meta"):
         model = EmmaForConditionalGeneration(tiny_config())

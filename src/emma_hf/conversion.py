@@ -409,6 +409,8 @@ def _prompt_tokenizer(source: Path, authors: dict[str, Any], config: EmmaConfig)
         if not path.is_file():
             raise FileNotFoundError(f"{source} lacks tokenizer_config.json. Fetch the tokenizer's files, too.")
         values = _read_json(path)
+        # Rows of a batch must end together to be continued; the authors pad at the right, for training.
+        values["padding_side"] = "left"
         # Where a checkpoint is silent, the Transformers of the authors reads it so.
         values.setdefault("legacy", True)
         values.setdefault("add_bos_token", True)
@@ -475,8 +477,9 @@ def _write_authors_tokenizers(source: Path, folder: Path) -> None:
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     values = _read_json(source / "tokenizer_config.json")
     kept = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")
-    values = {name: values[name] for name in (*kept, "padding_side", "legacy") if name in values}
-    _write_json(folder / "tokenizer_config.json", {**values, "tokenizer_class": "LlamaTokenizer"})
+    values = {name: values[name] for name in (*kept, "legacy") if name in values}
+    theirs = {"padding_side": "right", "tokenizer_class": "LlamaTokenizer"}
+    _write_json(folder / "tokenizer_config.json", {**values, **theirs})
     specials = {name: value for name, value in values.items() if name.endswith("_token") and "add" not in name}
     _write_json(folder / "special_tokens_map.json", specials)
     write_merges(AutoTokenizer.from_pretrained(source / "instruction_tokenizer"), folder / BPE_NAME)

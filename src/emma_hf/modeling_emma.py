@@ -154,7 +154,7 @@ class EmmaPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names.
 
         Raises:
-            ValueError: a weight file that is truncated or damaged.
+            ValueError: a weight file that is truncated or damaged, or weights of another shape than the config says.
         """
         mapping = tower_key_mapping()
         if mapping is not None:
@@ -162,13 +162,19 @@ class EmmaPreTrainedModel(PreTrainedModel):
         try:
             return super().from_pretrained(*args, **kwargs)
         except Exception as error:
+            source = args[0] if args else "the checkpoint"
+            if isinstance(error, RuntimeError) and "mismatch" in str(error):
+                raise ValueError(
+                    f"The config and the weights must have the same shapes: those of {source} differ ({error}). Restore "
+                    "its config, or pass `ignore_mismatched_sizes=True` to begin these weights anew."
+                ) from error
             # By its name: safetensors itself is not imported by the files that travel.
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ValueError(
-                f"The weight files must be whole: {args[0] if args else 'the checkpoint'} has one that is truncated or "
-                f"damaged ({error}). Fetch or save it again."
-            ) from error
+            if type(error).__name__ == "SafetensorError":
+                raise ValueError(
+                    f"The weight files must be whole: {source} has one that is truncated or damaged ({error}). Fetch or "
+                    "save it again."
+                ) from error
+            raise
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
