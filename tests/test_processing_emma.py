@@ -87,10 +87,7 @@ def test_text_kwargs_and_special_tokens(processor):
     assert processor(text="hello")["input_ids"][0] == [1, *plain]
     assert processor(text="hello", text_kwargs={"add_special_tokens": False})["input_ids"][0] == plain
     assert "attention_mask" not in processor(text="hello", return_attention_mask=False)
-    assert processor(text="hello", padding="max_length", max_length=9, pad_to_multiple_of=4)["input_ids"][0][:2] == [
-        0,
-        1,
-    ]
+    assert processor(text="hello", padding="max_length", max_length=9, pad_to_multiple_of=4)["input_ids"][0][0] == 0
     types = processor(images=picture(), text="USER: <image>\nWho? ASSISTANT:", return_mm_token_type_ids=True)
     ids = types["input_ids"][0]
     assert types["mm_token_type_ids"][0] == [int(token == 700) for token in ids]

@@ -165,14 +165,14 @@ class EmmaPreTrainedModel(PreTrainedModel):
             source = args[0] if args else "the checkpoint"
             if isinstance(error, RuntimeError) and "mismatch" in str(error):
                 raise ValueError(
-                    f"The config and the weights must have the same shapes: those of {source} differ ({error}). Restore "
-                    "its config, or pass `ignore_mismatched_sizes=True` to begin these weights anew."
+                    f"The config and the weights must have the same shapes: those of {source} differ ({error}). "
+                    "Restore its config, or pass `ignore_mismatched_sizes=True` to begin these weights anew."
                 ) from error
             # By its name: safetensors itself is not imported by the files that travel.
             if type(error).__name__ == "SafetensorError":
                 raise ValueError(
-                    f"The weight files must be whole: {source} has one that is truncated or damaged ({error}). Fetch or "
-                    "save it again."
+                    f"The weight files must be whole: {source} has one that is truncated or damaged ({error}). Fetch "
+                    "or save it again."
                 ) from error
             raise
 
