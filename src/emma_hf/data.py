@@ -85,8 +85,8 @@ class ConversationDataset(Dataset):
         found = input_ids.count(self.processor.image_token_id) // self.processor.image_seq_length
         if found != len(names):
             raise ValueError(
-                f"Each `{self.processor.image_token}` in a row stands for one of its pictures: got {found} placeholders "
-                f"and {len(names)} pictures."
+                f"Each `{self.processor.image_token}` in a row stands for one of its pictures: got {found} "
+                f"placeholders and {len(names)} pictures."
             )
         item = {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
         if names:
@@ -149,8 +149,8 @@ def encode_conversation(
     limit = processor.tokenizer.model_max_length
     if len(input_ids) > limit:
         raise ValueError(
-            f"A row must fit the model's context of {limit} tokens: it has {len(input_ids)}, {len(input_ids) - limit} too "
-            "many. Shorten it, or raise `processor.tokenizer.model_max_length` if the model allows."
+            f"A row must fit the model's context of {limit} tokens: it has {len(input_ids)}, {len(input_ids) - limit} "
+            "too many. Shorten it, or raise `processor.tokenizer.model_max_length` if the model allows."
         )
     if all(label == IGNORED for label in labels):
         raise ValueError("A row needs words of the assistant to learn from: all its labels are -100.")
