@@ -253,6 +253,18 @@ def test_frozen_towers_keep_no_graph_and_the_rest_learns():
         assert frozen or parameter.grad.abs().sum() > 0, name
 
 
+def test_frozen_towers_keep_no_graph_where_embeddings_are_made_to_require_gradients():
+    # What `enable_input_require_grads` does for gradient checkpointing, done to the towers.
+    model = tiny_model()
+    towers = (model.model.vision_tower, model.model.instruction_encoder)
+    for tower in towers:
+        tower.requires_grad_(False)
+        core_of(tower).embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    inputs = tiny_inputs(model)
+    assert not model.get_vision_features(inputs["pixel_values"]).requires_grad
+    assert not model.get_instruction_features(inputs["instruction_input_ids"]).requires_grad
+
+
 def test_gradients_reach_a_tower_that_is_trained_and_pixels_that_ask_for_them():
     model = tiny_model()
     inputs = tiny_inputs(model)

@@ -94,6 +94,21 @@ def test_text_kwargs_and_special_tokens(processor):
     assert sum(types["mm_token_type_ids"][0]) == IMAGE_TOKENS
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_piece_between_pictures_is_read_as_a_text_of_its_own(processor, reference, tmp_path, legacy):
+    import sentencepiece
+
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": legacy}))
+    again = EmmaProcessor.from_pretrained(tmp_path)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(reference / "original" / "tokenizer.model"))
+    for piece in (" ASSISTANT:", "  a", "\n", "\nWho?", "a", " \nx", "   ", "the hat  is", "é 猫"):
+        prompt = f"<image>{piece}<image>"
+        ids = again(images=[picture()] * 2, text=prompt, add_special_tokens=False)["input_ids"][0]
+        assert ids[IMAGE_TOKENS:-IMAGE_TOKENS] == plain.encode(piece), repr(piece)
+
+
 def test_offsets_point_into_the_prompt(processor):
     prompt = "USER: <image>\nWho is it? ASSISTANT: An officer."
     inputs = processor(images=picture(), text=prompt, return_offsets_mapping=True)
