@@ -77,7 +77,6 @@ class EmmaProcessor(ProcessorMixin):
         ValueError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
     """
 
-    locals().update(PROCESSOR_CLASS_ATTRIBUTES)
     valid_processor_kwargs = EmmaProcessorKwargs
 
     def __init__(
@@ -444,6 +443,10 @@ class EmmaProcessor(ProcessorMixin):
         _make_portable(folder, self.tokenizer)
         _make_portable(second, self.instruction_tokenizer)
         return files
+
+
+for _name, _value in PROCESSOR_CLASS_ATTRIBUTES.items():
+    setattr(EmmaProcessor, _name, _value)
 
 
 def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
