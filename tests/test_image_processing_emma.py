@@ -294,6 +294,10 @@ def test_sizes_that_say_nothing_are_named():
         EmmaImageProcessor(size={"edge": 3})
     with pytest.raises(ValueError, match="each at least 1: got"):
         EmmaImageProcessor(crop_size=0)
+    with pytest.raises(ValueError, match="`image_mean` must be three numbers, for red, green and blue: got 0.5"):
+        EmmaImageProcessor(image_mean=0.5)
+    with pytest.raises(ValueError, match=r"`image_std` must be three numbers, each above 0.*got \[1, 1, 0\]"):
+        EmmaImageProcessor()(Image.new("RGB", (2, 2)), image_std=[1, 1, 0])
     with pytest.raises(ValueError, match="different sizes cannot make one tensor"):
         off = {"do_pad": False, "do_resize": False, "do_center_crop": False}
         EmmaImageProcessor(**off)([Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))], return_tensors="np")

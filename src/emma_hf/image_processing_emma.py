@@ -81,8 +81,8 @@ class EmmaImageProcessor(BaseImageProcessor):
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = list(OPENAI_CLIP_MEAN if image_mean is None else image_mean)
-        self.image_std = list(OPENAI_CLIP_STD if image_std is None else image_std)
+        self.image_mean = _per_channel("image_mean", OPENAI_CLIP_MEAN if image_mean is None else image_mean)
+        self.image_std = _per_channel("image_std", OPENAI_CLIP_STD if image_std is None else image_std)
         self.do_convert_rgb = do_convert_rgb
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
@@ -169,6 +169,8 @@ class EmmaImageProcessor(BaseImageProcessor):
             known["size"] = _size("size", known["size"], "shortest_edge")
         if "crop_size" in known:
             known["crop_size"] = _size("crop_size", known["crop_size"])
+        for name in {"image_mean", "image_std"} & known.keys():
+            known[name] = _per_channel(name, known[name])
         return known
 
 
@@ -427,6 +429,14 @@ def _size(name: str, value: Any, single: str | None = None) -> dict[str, int]:
         keys = " or ".join(str(sorted(keys)) for keys in allowed)
         raise ValueError(f"`{name}` must give {keys} in pixels, each at least 1: got {value}.")
     return value
+
+
+def _per_channel(name: str, values: Any) -> list[float]:
+    numbers = [float(value) for value in values] if np.ndim(values) == 1 else []
+    if len(numbers) != 3 or not np.isfinite(numbers).all() or (name == "image_std" and min(numbers) <= 0):
+        bound = ", each above 0" if name == "image_std" else ""
+        raise ValueError(f"`{name}` must be three numbers{bound}, for red, green and blue: got {values!r}.")
+    return numbers
 
 
 __all__ = ["EmmaImageProcessor"]
