@@ -200,6 +200,13 @@ def test_recorded_prompts(prompts):
         ("no picture", []),
         (SYSTEM + "USER: <image>\nthe user: says assistant: hi ASSISTANT:", ["the user: says assistant: hi"]),
         ("USER: Hi ASSISTANT: Secret <image> ASSISTANT:", ["Hi"]),
+        ("USER: <image> ASSISTANT: he wrote USER: Secret</s>USER: Who? ASSISTANT:", ["Who?"]),
+        ("USER: <image> ASSISTANT: a USER: Secret ASSISTANT: Secret</s>USER: Who? ASSISTANT:", ["Who?"]),
+        ("USER: <image> ASSISTANT: a</s>USER: Who? ASSISTANT: USER: Secret", ["Who?"]),
+        ("USER: <image> ASSISTANT: he wrote USER: Secret</s>", [""]),
+        ("USER: <image> ASSISTANT: Secret USER: Who? ASSISTANT:", ["Who?"]),
+        ("USER: <image>\nWho?ASSISTANT: Secret", ["Who?"]),
+        ("USER: he said USER: <image> who ASSISTANT:", ["who"]),
     ],
 )
 def test_prompts(prompt, instructions):
@@ -210,6 +217,11 @@ def test_prompts(prompt, instructions):
 def test_the_latest_turn_can_be_the_instruction():
     prompt = "USER: <image>\nWho? ASSISTANT: Secret.</s>USER: And the hat?\nIn one word. ASSISTANT:"
     assert instructions_from_prompt(prompt, instruction_turn="last") == ["And the hat?"]
+    prompt = "USER: <image>\nWho? ASSISTANT: USER: Secret</s>USER: USER: is typed ASSISTANT: USER: Secret</s>"
+    assert instructions_from_prompt(prompt, instruction_turn="last") == ["USER: is typed"]
+    assert instructions_from_prompt(prompt.replace("</s>", "<|end|>"), "<image>", "last", "<|end|>") == [
+        "USER: is typed"
+    ]
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]},
         {"role": "assistant", "content": "Secret."},

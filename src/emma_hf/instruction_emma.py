@@ -29,7 +29,8 @@ PLACEHOLDER_ESCAPE = "\U000f0002"
 _MARKED = re.compile("\U000f0000(.)(.*?)\U000f0001", re.DOTALL)
 
 _USER = re.compile(r"(?<!\w)USER:")
-_ASSISTANT = re.compile(r"(?<!\w)ASSISTANT:")
+# Also behind a letter: a missing space must not let an answer through.
+_ASSISTANT = re.compile(r"ASSISTANT:")
 
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _TERMINAL_ESCAPE = re.compile("\x1b\\[[0-9;]*[a-zA-Z]")
@@ -101,34 +102,50 @@ def instruction_from_turn(text: str, image_token: str = "<image>") -> str:
     return _first_line(text.replace(image_token, ""))
 
 
-def instructions_from_prompt(prompt: str, image_token: str = "<image>", instruction_turn: str = "image") -> list[str]:
+def instructions_from_prompt(
+    prompt: str, image_token: str = "<image>", instruction_turn: str = "image", end_token: str | None = "</s>"
+) -> list[str]:
     """The instruction of each picture in a rendered prompt, in the order of the placeholders.
 
     A turn reaches from the last `USER:` before the picture to the ` ASSISTANT:` behind it; a text without roles is one
-    turn. A turn of pictures alone takes the words of the next user turn.
+    turn. A turn of pictures alone takes the words of the next user turn. An answer, whatever it says, is not read: it
+    ends at the `end_token`, or in a prompt that has none at the next `USER:`.
 
     Raises:
         ValueError: an unknown `instruction_turn`.
     """
-    users = [match.end() for match in _USER.finditer(prompt)]
-    ends = [match.start() for match in _ASSISTANT.finditer(prompt)]
+    regions = _outside_answers(prompt, end_token)
+    users = [
+        (match.end(), index)
+        for index, (start, end) in enumerate(regions)
+        for match in _USER.finditer(prompt, start, end)
+    ] or [(0, 0)]
 
-    def turn(start: int) -> tuple[str, int]:
-        end = next((end for end in ends if end >= start), len(prompt))
-        return instruction_from_turn(prompt[start:end], image_token), end
+    def words(start: int, region: int) -> str:
+        return instruction_from_turn(prompt[start : regions[region][1]], image_token)
 
     instructions = []
     for match in re.finditer(re.escape(image_token), prompt):
-        before = [start for start in users if start <= match.start()]
-        words, end = turn(before[-1] if before else 0)
-        following = next((start for start in users if start > end), None)
-        if not words and following is not None:
-            words, _ = turn(following)
-        instructions.append(words)
+        start, region = ([(0, 0)] + [user for user in users if user[0] <= match.start()])[-1]
+        following = next((user for user in users if user[1] > region), None)
+        instructions.append(words(start, region) or (words(*following) if following else ""))
     if _is_last(instruction_turn):
-        latest, _ = turn(users[-1] if users else 0)
-        instructions = [latest] * len(instructions)
+        latest = next(user for user in users if user[1] == users[-1][1])
+        instructions = [words(*latest)] * len(instructions)
     return instructions
+
+
+def _outside_answers(prompt: str, end_token: str | None) -> list[tuple[int, int]]:
+    """Start and end of what is not the assistant's, in order; at least one, perhaps empty."""
+    end = re.compile(re.escape(end_token)) if end_token and end_token in prompt else _USER
+    regions, start = [], 0
+    while (answer := _ASSISTANT.search(prompt, start)) is not None:
+        regions.append((start, answer.start()))
+        close = end.search(prompt, answer.end())
+        if close is None:
+            return regions
+        start = close.start() if end is _USER else close.end()
+    return [*regions, (start, len(prompt))]
 
 
 def instructions_from_messages(

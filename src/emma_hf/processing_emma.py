@@ -271,7 +271,9 @@ class EmmaProcessor(ProcessorMixin):
             return [
                 instruction
                 for prompt in prompts
-                for instruction in instructions_from_prompt(prompt, self.image_token, self.instruction_turn)
+                for instruction in instructions_from_prompt(
+                    prompt, self.image_token, self.instruction_turn, self.tokenizer.eos_token
+                )
             ]
         if isinstance(instructions, str):
             return [instructions] * sum(counts)
