@@ -92,3 +92,16 @@ def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, impor
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         timeout=300,
     )
+
+
+def run_processes(script: Path, *arguments: str | Path, processes: int = 2, timeout: int = 240, **environment: str):
+    """Run `script` in several processes that share the steps of a training (torchrun, gloo)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        timeout=timeout,
+    )

@@ -23,6 +23,7 @@ HUB_FILES = (
     "image_processing_emma.py",
     "instruction_emma.py",
     "compat_emma.py",
+    "execution_emma.py",
 )
 
 # What `trust_remote_code` loads. `AutoModelForVision2Seq` is the name in Transformers 4.57, gone in 5.

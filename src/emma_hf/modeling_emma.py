@@ -25,6 +25,7 @@ from .compat_emma import (
     tower_key_mapping,
 )
 from .configuration_emma import EmmaConfig
+from .execution_emma import device_of, needs_grad, steps_together
 
 # What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
@@ -230,8 +231,8 @@ class EmmaModel(EmmaPreTrainedModel):
         layers = self.config.vision_feature_layer % (config.num_hidden_layers + 1)
         core = core_of(tower)
         weight = core.embeddings.patch_embedding.weight
-        pixel_values = pixel_values.to(device=_device_of(weight, pixel_values), dtype=weight.dtype)
-        with torch.set_grad_enabled(_needs_grad(tower, pixel_values)):
+        pixel_values = pixel_values.to(device=device_of(weight, pixel_values), dtype=weight.dtype)
+        with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
             hidden_states = core.pre_layrnorm(core.embeddings(pixel_values))
             for layer in core.encoder.layers[:layers]:
                 hidden_states = clip_layer(layer, hidden_states, mask=None, causal=False)
@@ -254,8 +255,8 @@ class EmmaModel(EmmaPreTrainedModel):
         layers = self.config.instruction_feature_layer % (config.num_hidden_layers + 1)
         core = core_of(encoder)
         weight = core.embeddings.token_embedding.weight
-        instruction_input_ids = instruction_input_ids.to(_device_of(weight, instruction_input_ids))
-        with torch.set_grad_enabled(_needs_grad(encoder)):
+        instruction_input_ids = instruction_input_ids.to(device_of(weight, instruction_input_ids))
+        with torch.set_grad_enabled(needs_grad(encoder)):
             hidden_states = core.embeddings(input_ids=instruction_input_ids)
             mask = clip_causal_mask(encoder.config, hidden_states)
             for layer in core.encoder.layers[:layers]:
@@ -403,9 +404,12 @@ class EmmaModel(EmmaPreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
-        elif input_ids is not None and input_ids.shape[1] > 1:
+        elif inputs_embeds.shape[1] > 1:
             # A decoding step is one token, never a placeholder: checking it would only stall the device.
-            self.get_placeholder_mask(input_ids, inputs_embeds, None)
+            if input_ids is not None:
+                self.get_placeholder_mask(input_ids, inputs_embeds, None)
+            if steps_together(self):
+                inputs_embeds = inputs_embeds + self._unseen_picture().sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -423,12 +427,22 @@ class EmmaModel(EmmaPreTrainedModel):
             image_hidden_states=image_features,
         )
 
+    def _unseen_picture(self) -> torch.Tensor:
+        """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
+
+        The other processes wait for this one wherever a weight is gathered or a gradient is averaged.
+        """
+        size, weight = self.config.vision_config.image_size, self.multi_modal_projector.linear_1.bias
+        picture = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+        instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=weight.device)
+        return self.get_image_features(picture, instruction, return_dict=True).pooler_output[:0]
+
     def _run_whole_tower(
         self, pixel_values: torch.Tensor, output_hidden_states: bool | None, output_attentions: bool | None
     ) -> BaseModelOutputWithPooling:
         self._check_pixel_values(pixel_values)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        with torch.set_grad_enabled(_needs_grad(self.vision_tower, pixel_values)):
+        with torch.set_grad_enabled(needs_grad(self.vision_tower, pixel_values)):
             return self.vision_tower(
                 pixel_values, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
             )
@@ -675,18 +689,6 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return (mask.sum(-1) // self.config.image_seq_length).tolist()
-
-
-def _device_of(weight: torch.Tensor, inputs: torch.Tensor) -> torch.device:
-    # An offloaded weight lives on the meta device until its module runs; accelerate then moves the inputs itself.
-    return inputs.device if weight.is_meta else weight.device
-
-
-def _needs_grad(tower: nn.Module, inputs: torch.Tensor | None = None) -> bool:
-    """Frozen towers keep no activations: the graph starts behind them."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(p.requires_grad for p in tower.parameters()) or (inputs is not None and inputs.requires_grad)
 
 
 __all__ = ["EmmaForConditionalGeneration", "EmmaModel", "EmmaPreTrainedModel"]

@@ -1,0 +1,96 @@
+"""Several processes: one whose batch has no picture takes part in every step, and changes nothing."""
+
+import pytest
+import torch
+from helpers import run_processes, tiny_inputs, tiny_model
+
+from emma_hf.training import prepare
+
+STEP = """
+import sys
+import torch
+import torch.distributed as dist
+from helpers import tiny_inputs, tiny_model
+from emma_hf.training import prepare
+
+output, engine = sys.argv[1:]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = prepare(tiny_model(), "finetune").train()
+# The second process has text alone.
+inputs = tiny_inputs(model, images=(1, 2) if rank == 0 else (0, 0), words=10 if rank == 0 else 42)
+if engine == "ddp":
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+else:
+    from torch.distributed.fsdp import fully_shard
+
+    # As `Trainer` and accelerate wrap: the layers of every tower, then the rest. CLIP stays frozen.
+    layers = ("LlamaDecoderLayer", "CLIPEncoderLayer", "EmmaModalityAdaptation")
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    wrapped = fully_shard(model)
+for _ in range(2):
+    wrapped.zero_grad()
+    loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+grads = {}
+for name, parameter in model.named_parameters():
+    if parameter.grad is not None:
+        grad = parameter.grad
+        grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+wrapped.eval()
+with torch.no_grad():
+    logits = wrapped(**inputs).logits
+if rank == 0:
+    torch.save(grads, output)
+print(f"rank {rank} loss {loss.item():.6f} finite {bool(logits.isfinite().all())}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fully_shard"])
+def test_a_process_without_a_picture_does_not_stop_the_others(tmp_path, engine):
+    script = tmp_path / "step.py"
+    script.write_text(STEP)
+    # Without a part for every process in every step this waits for ever; the timeout is the test.
+    done = run_processes(script, tmp_path / "grads.pt", engine, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[1] for line in done.stdout.splitlines() if line.endswith("finite True")) == ["0", "1"]
+
+    model = prepare(tiny_model(), "finetune").train()
+    losses = []
+    for images, words in (((1, 2), 10), ((0, 0), 42)):
+        inputs = tiny_inputs(model, images=images, words=words)
+        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+    (sum(losses) / 2).backward()
+    grads = torch.load(tmp_path / "grads.pt", weights_only=True)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            grads[name], grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_one_process_reads_no_black_picture(monkeypatch):
+    model = prepare(tiny_model(), "finetune").train()
+    inputs = tiny_inputs(model, images=(0,), words=20)
+    monkeypatch.setattr(model.model, "get_vision_features", lambda *args: pytest.fail("a picture was read"))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad is None
+
+
+def test_what_is_not_seen_changes_no_bit(monkeypatch):
+    model = tiny_model().train()
+    inputs = tiny_inputs(model, images=(0, 0), words=20)
+    alone = model(**inputs).logits
+    with torch.no_grad():
+        # Not even where the black picture would be no number.
+        model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
+    monkeypatch.setattr("emma_hf.modeling_emma.steps_together", lambda model: True)
+    together = model(**inputs).logits
+    assert torch.equal(alone, together)
+    together.sum().backward()
+    for parameter in model.model.modality_adaptation.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
