@@ -276,7 +276,7 @@ class ChatDataset(_Rows):
 
 
 class DataCollator:
-    """Makes a batch of [`ConversationDataset`] or [`ChatDataset`] items: padded at the right, pictures of all rows in one tensor.
+    """Makes a batch of dataset items: padded at the right, pictures of all rows in one tensor.
 
     The number of pictures may differ from row to row; a batch without any has no `pixel_values`.
     """
@@ -395,7 +395,7 @@ def _message_in_llava_format(message: dict[str, Any], token: str) -> tuple[str, 
         raise ValueError(f"A message needs `content`, a text or a list of parts: got {message}.")
     text, pictures = "", []
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") == "text" and not isinstance(part.get("text"), str):
+        if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
             raise ValueError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
         if part.get("type") == "text":
             text += escape_placeholders(part["text"], token)
