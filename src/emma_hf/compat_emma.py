@@ -26,6 +26,9 @@ TIED_WEIGHTS_KEYS = (
 # Tensor-parallel plan of the head, renamed in 5. Goes with 4.57.
 HEAD_TP_PLAN = {"lm_head": "colwise_gather_output" if TRANSFORMERS_5 else "colwise_rep"}
 
+# Keyword of `TrainingArguments` that takes the warm-up as a share of all steps. Goes with 4.57.
+WARMUP_SHARE = "warmup_steps" if TRANSFORMERS_5 else "warmup_ratio"
+
 
 def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
     """Language model config values as this version reads them.

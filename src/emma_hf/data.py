@@ -115,7 +115,7 @@ class _Rows(Dataset):
         """
         if not hasattr(self, "_lengths"):
             row_of = self._rows_without_pictures()
-            self._lengths = np.zeros(len(self), dtype=np.int32)
+            self._lengths: np.ndarray = np.zeros(len(self), dtype=np.int32)
             for index in tqdm(range(len(self)), desc="lengths of rows", delay=2):
                 try:
                     conversation, pictures = self._read(row_of(index))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat_emma import WARMUP_SHARE
 from .modeling_emma import EmmaForConditionalGeneration, EmmaPreTrainedModel
 
 # The linear layers of the language model and nothing else: `q_proj` alone would also match both CLIP towers.
@@ -38,7 +39,7 @@ class Stage:
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.03,
+            WARMUP_SHARE: 0.03,
             "weight_decay": 0.0,
         }
 
