@@ -1,5 +1,6 @@
 """Small things that several tests need."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,3 +106,43 @@ def run_processes(script: Path, *arguments: str | Path, processes: int = 2, time
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         timeout=timeout,
     )
+
+
+def save_trainable(folder: Path, processor, seed: int = 0) -> Path:
+    """A model of width 64 with random weights that can learn, with the processor of the recorded checkpoint.
+
+    Its head is larger than an untrained one is, so that stages that freeze it can still say any word.
+    """
+    torch.manual_seed(seed)
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = EmmaConfig(
+        vision_config=CLIPVisionConfig(**clip, image_size=28, patch_size=7),
+        instruction_config=CLIPTextConfig(**INSTRUCTION, vocab_size=49408, max_position_embeddings=77),
+        text_config={"model_type": "llama", **text, "vocab_size": 701, "max_position_embeddings": 400},
+        image_token_index=700,
+    )
+    model = EmmaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in (model.lm_head.weight, model.get_input_embeddings().weight):
+            parameter.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_rows(path: Path, plain: bool = False) -> Path:
+    """Eight rows in LLaVA's format about the recorded pictures; one has none unless `plain`."""
+    pictures = ["photo.jpg", "palette.png", "rgba.png", "tall_gray.png", "tiny.png", "wide.png", "cmyk.jpg"]
+    rows = []
+    for number, picture in enumerate(pictures):
+        question = "<image>" if plain else f"<image>\nWhat is picture {number}?"
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {picture.split('.')[0]}."}]
+        rows.append({"id": str(number), "image": picture, "conversations": turns})
+    if plain:
+        rows.append({**rows[0], "id": "7"})
+    else:
+        turns = [{"from": "human", "value": "Hello there"}, {"from": "gpt", "value": "Good morning."}]
+        rows.append({"id": "7", "conversations": turns})
+    path.write_text(json.dumps(rows))
+    return path

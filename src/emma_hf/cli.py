@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
@@ -10,7 +11,11 @@ IMAGE_HELP = "path, URL, data URL, or - for standard input"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, or 2 after an error that the user can mend."""
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    if args.run is _train:
+        args.arguments = rest
+    elif rest:
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     # Imported late, so that `--help` and mistakes in the arguments answer at once.
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from safetensors import SafetensorError
@@ -49,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("inputs", nargs="+", metavar="IMAGE QUESTION", help=f"picture ({IMAGE_HELP}) and question")
     ask.set_defaults(run=_ask)
 
+    train = commands.add_parser(
+        "train", help="fine-tune on rows in LLaVA's format (`--help` lists the arguments of the script)", add_help=False
+    )
+    train.set_defaults(run=_train)
+
     chat = commands.add_parser("chat", help="talk about one picture or several; an empty line ends it")
     _add_model_arguments(chat)
     chat.add_argument("image", nargs="+", metavar="IMAGE", help="path, URL or data URL")
@@ -77,6 +87,15 @@ def _convert(args: argparse.Namespace) -> None:
     else:
         convert(args.source or DEFAULT_SOURCE, args.output, clip=args.clip, **options)
     print(f"wrote {args.output}", file=sys.stderr)
+
+
+def _train(args: argparse.Namespace) -> None:
+    import runpy
+
+    # In an installed package the examples lie inside it, in a clone beside the sources.
+    here = Path(__file__).parent
+    scripts = [folder / "examples" / "finetune.py" for folder in (here, here.parents[1])]
+    runpy.run_path(str(next(filter(Path.is_file, scripts))))["main"](args.arguments)
 
 
 def _ask(args: argparse.Namespace) -> None:

@@ -1,0 +1,129 @@
+"""Fine-tune EMMA with `Trainer`: the authors' two stages, LoRA and QLoRA, on one process or many.
+
+    emma-hf train --stage lora --model emma-7b --train_data rows.json --output_dir out
+    accelerate launch examples/finetune.py --stage finetune --model emma-7b --train_data rows.json --output_dir out
+
+The defaults are the authors' hyper-parameters of the stage. A run that is started again goes on from its last complete
+checkpoint. Every argument of `TrainingArguments` is one of this script.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
+
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.crash_safety import CrashSafety, last_complete_checkpoint
+from emma_hf.data import ConversationDataset, DataCollator
+from emma_hf.trainer import EmmaTrainer, SampleAnswers, plot_loss
+from emma_hf.training import NOT_QUANTIZED, STAGES, prepare, stage_of
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a converted model"})
+    train_data: str = field(metadata={"help": "JSON or JSONL in LLaVA's format"})
+    stage: str = field(default="finetune", metadata={"help": ", ".join(STAGES)})
+    eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on; default: none"})
+    image_folder: str | None = field(default=None, metadata={"help": "of the pictures; default: beside the rows"})
+    on_error: Literal["raise", "skip"] = field(default="raise", metadata={"help": "a row that cannot be used: raise, or skip and report"})
+    group_by_modality: bool = field(default=True, metadata={"help": "batches of one modality and similar lengths"})
+    global_batch_size: int | None = field(default=None, metadata={"help": "rows in a step; default: the authors'"})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "default: the authors'"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the weights; `--bf16` computes in bfloat16 besides"})
+    lora_r: int = field(default=128, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter, times its rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapter's inputs dropped"})
+    sample_answers: int = field(default=3, metadata={"help": "rows answered at each evaluation"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate, save, and draw the loss."""
+    script, args = parse(sys.argv[1:] if argv is None else argv)
+    set_seed(args.seed)
+    processor = EmmaProcessor.from_pretrained(script.model)
+    template = STAGES[script.stage].template
+    rows = {"processor": processor, "image_folder": script.image_folder, "template": template}
+    train_data = ConversationDataset(script.train_data, on_error=script.on_error, **rows)
+    eval_data = ConversationDataset(script.eval_data, on_error=script.on_error, **rows) if script.eval_data else None
+
+    trainer = EmmaTrainer(
+        model=prepare(load(script), script.stage, script.lora_r, script.lora_alpha, script.lora_dropout),
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=DataCollator(processor),
+        processing_class=processor,
+        projector_learning_rate=script.projector_learning_rate,
+        group_by_modality=script.group_by_modality,
+        callbacks=[CrashSafety()],
+    )
+    if eval_data is not None:
+        trainer.add_callback(SampleAnswers(eval_data, processor, script.sample_answers))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+
+    if eval_data is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        if script.stage == "lora":
+            merged = Path(args.output_dir) / "merged"
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+            processor.save_pretrained(merged)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
+    """Arguments, with what the stage's authors used where nothing is given."""
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    given, _ = parser.parse_known_args(argv)
+    stage = stage_of(given.stage)
+    parser.set_defaults(
+        **stage.training_arguments(),
+        projector_learning_rate=stage.projector_learning_rate,
+        global_batch_size=stage.batch_size,
+        eval_strategy="epoch" if given.eval_data else "no",
+        logging_steps=10,
+        save_total_limit=2,
+        report_to=["none"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # Logits of every token over the whole vocabulary are not for keeping.
+        prediction_loss_only=True,
+    )
+    script, args = parser.parse_args_into_dataclasses(argv)
+    if "--gradient_accumulation_steps" not in " ".join(argv).replace("-", "_"):
+        rows = args.per_device_train_batch_size * args.world_size
+        if script.global_batch_size % rows:
+            raise ValueError(
+                f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got "
+                f"{script.global_batch_size} and {rows} ({args.world_size} times {args.per_device_train_batch_size}). "
+                "Change `--per_device_train_batch_size`, or give `--gradient_accumulation_steps`."
+            )
+        args.gradient_accumulation_steps = script.global_batch_size // rows
+    return script, args
+
+
+def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
+    """The model, in 4 bits for QLoRA."""
+    options = {}
+    if script.stage == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            llm_int8_skip_modules=NOT_QUANTIZED,
+        )
+    return EmmaForConditionalGeneration.from_pretrained(script.model, dtype=script.dtype, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Runs that are killed go on from their last complete checkpoint."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# `Trainer` writes it last of all.
+TRAINER_STATE = "trainer_state.json"
+
+
+class CrashSafety(TrainerCallback, ExportableState):
+    """Lets `Trainer` resume from the last checkpoint that was written to its end.
+
+    `Trainer` writes a checkpoint in place and resumes from the highest number, complete or not. When a trainer is made
+    with this callback, checkpoints in its output folder that a killed run left half-written are renamed to
+    `incomplete-checkpoint-…`, which `Trainer` does not look at; `trainer.train(resume_from_checkpoint=True)` then takes
+    the last complete one. A script that names the checkpoint itself asks [`last_complete_checkpoint`].
+    """
+
+    def __init__(self) -> None:
+        self.processes = 1
+
+    def state(self) -> dict[str, Any]:
+        """What `Trainer` keeps in the checkpoint: of how many processes it should hold the random states."""
+        return {"args": {}, "attributes": {"processes": self.processes}}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with args.main_process_first(local=args.save_on_each_node, desc="looking for incomplete checkpoints"):
+            if args.should_save:
+                for folder, reason in incomplete_checkpoints(args.output_dir):
+                    _set_aside(folder, reason)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not earlier: on resuming, `Trainer` makes this callback anew from the checkpoint's record.
+        self.processes = args.world_size
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The checkpoint of the highest step in `output_dir` that was written to its end, or None."""
+    complete = [folder for folder in _checkpoints(output_dir) if _missing(folder) is None]
+    return str(complete[-1]) if complete else None
+
+
+def incomplete_checkpoints(output_dir: str | Path) -> list[tuple[Path, str]]:
+    """Checkpoints in `output_dir` that cannot be resumed from, each with what is wrong."""
+    reasons = [(folder, _missing(folder)) for folder in _checkpoints(output_dir)]
+    return [(folder, reason) for folder, reason in reasons if reason is not None]
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [path for path in folders if path.name.partition("-")[2].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _missing(folder: Path) -> str | None:
+    """What a checkpoint lacks, or None where it is complete."""
+    # Its last file being there says that the others were written; a machine that went down may still have lost parts.
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_whole(path)]
+    if broken:
+        return f"{broken[0].relative_to(folder)} is missing or cut off"
+    kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
+    processes = kept.get(CrashSafety.__name__, {}).get("attributes", {}).get("processes", 1)
+    # Other processes may still have been writing when the first one was done.
+    states = len(list(folder.glob("rng_state_*.pth")))
+    if processes > 1 and states < processes:
+        return f"it holds the random states of {states} of {processes} processes"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        if path.suffix in (".pt", ".pth", ".bin"):
+            # torch writes zip files, and the index of a zip file at its end. Nothing is unpickled here.
+            return zipfile.is_zipfile(path)
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        return path.is_file()
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _set_aside(folder: Path, reason: str) -> None:
+    target = folder.with_name(f"incomplete-{folder.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"incomplete-{folder.name}-{number}")
+    folder.rename(target)
+    logger.warning(f"{folder} was not written to its end ({reason}); renamed to {target.name}. Delete it at will.")
