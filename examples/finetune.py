@@ -31,11 +31,15 @@ class ScriptArguments:
     stage: str = field(default="finetune", metadata={"help": ", ".join(STAGES)})
     eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on; default: none"})
     image_folder: str | None = field(default=None, metadata={"help": "of the pictures; default: beside the rows"})
-    on_error: Literal["raise", "skip"] = field(default="raise", metadata={"help": "a row that cannot be used: raise, or skip and report"})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "a row that cannot be used: raise, or skip and report"}
+    )
     group_by_modality: bool = field(default=True, metadata={"help": "batches of one modality and similar lengths"})
     global_batch_size: int | None = field(default=None, metadata={"help": "rows in a step; default: the authors'"})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "default: the authors'"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "of the weights; `--bf16` computes in bfloat16 besides"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "of the weights; `--bf16` computes in bfloat16 besides"}
+    )
     lora_r: int = field(default=128, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter, times its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapter's inputs dropped"})
@@ -92,6 +96,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         global_batch_size=stage.batch_size,
         eval_strategy="epoch" if given.eval_data else "no",
         logging_steps=10,
+        logging_first_step=True,
         save_total_limit=2,
         report_to=["none"],
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -99,7 +104,7 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         prediction_loss_only=True,
     )
     script, args = parser.parse_args_into_dataclasses(argv)
-    if "--gradient_accumulation_steps" not in " ".join(argv).replace("-", "_"):
+    if "gradient_accumulation_steps" not in " ".join(argv).replace("-", "_"):
         rows = args.per_device_train_batch_size * args.world_size
         if script.global_batch_size % rows:
             raise ValueError(

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from helpers import save_trainable
 from safetensors.torch import load_file
 
 import emma_hf
@@ -56,3 +57,9 @@ def processor(converted):
 @pytest.fixture
 def photo() -> Path:
     return REFERENCE / "images" / "photo.jpg"
+
+
+@pytest.fixture(scope="session")
+def trainable(tmp_path_factory, processor):
+    """Folder of a model of width 64 with random weights, which can be trained, and of its processor."""
+    return save_trainable(tmp_path_factory.mktemp("models") / "trainable", processor)

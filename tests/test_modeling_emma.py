@@ -5,44 +5,22 @@ import copy
 import pytest
 import torch
 import transformers
-from helpers import recorded_inputs, tiny_config, tiny_inputs, tiny_model
+from helpers import (
+    AUTHORS_VOCABULARY,
+    GRADIENTS,
+    authors_loss,
+    recorded_inputs,
+    recorded_labels,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+)
 from torch.nn import functional
 
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration, EmmaModel
 from emma_hf.compat_emma import core_of
 
 RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
-AUTHORS_VOCABULARY = 700
-
-GRADIENTS = {
-    "lm_head.weight": "lm_head.weight",
-    "model.layers.0.self_attn.q_proj.weight": "model.language_model.layers.0.self_attn.q_proj.weight",
-    "model.mm_projector.0.weight": "model.multi_modal_projector.linear_1.weight",
-    "model.mm_projector.2.bias": "model.multi_modal_projector.linear_2.bias",
-    "model.vision_tower.image_text_infusion.bias": "model.modality_adaptation.visual_alignment.bias",
-    "model.vision_tower.image_text_infusion.weight": "model.modality_adaptation.visual_alignment.weight",
-    "model.vision_tower.text_projection.bias": "model.modality_adaptation.instruction_projection.bias",
-    "model.vision_tower.text_projection.weight": "model.modality_adaptation.instruction_projection.weight",
-}
-
-
-def authors_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy over the authors' vocabulary, which has no row for `<image>`."""
-    logits = logits[:, :-1, :AUTHORS_VOCABULARY].float()
-    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-def recorded_labels(cases: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The recorded labels, with no loss on the placeholders that stand for an image."""
-    rows = []
-    masks = cases["train.attention_mask"]
-    for ids, labels, mask in zip(cases["train.input_ids"], cases["train.labels"], masks):
-        row = []
-        for token, label, keep in zip(ids.tolist(), labels.tolist(), mask.tolist()):
-            if keep:
-                row += [-100] * 16 if token == -200 else [label]
-        rows.append(torch.tensor(row))
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 def fresh(model: EmmaForConditionalGeneration, **config) -> EmmaForConditionalGeneration:

@@ -55,7 +55,6 @@ def test_a_learned_offset_freezes_what_the_authors_freeze():
 
 
 def test_lora_moves_its_adapter_and_the_fusion_alone():
-    pytest.importorskip("peft")
     model = prepare(tiny_model(), "lora", lora_r=4, lora_alpha=8)
     moved = moved_by_a_step(model)
     adapter = {name for name in moved if "lora_" in name}
@@ -123,8 +122,6 @@ def test_the_authors_hyper_parameters():
     ],
 )
 def test_stages_that_cannot_be_are_refused(stage, options, message):
-    if stage == "lora":
-        pytest.importorskip("peft")
     model = tiny_model()
     before = copy.deepcopy([parameter.requires_grad for parameter in model.parameters()])
     with pytest.raises(ValueError, match=message):

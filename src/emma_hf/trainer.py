@@ -1,4 +1,4 @@
-"""What EMMA's fine-tuning adds to Transformers' `Trainer`: two rates, batches of one modality, sample answers, a plot."""
+"""What fine-tuning EMMA adds to Transformers' `Trainer`: two rates, batches of one modality, sample answers, a plot."""
 
 import json
 import math
@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 class ModalityLengthSampler(Sampler[int]):
     """Rows in an order whose batches have one modality and similar lengths, as the authors train.
 
-    Rows with and without pictures are grouped by length apart, cut into batches, and the batches shuffled. What fills no
-    batch comes last, mixed.
+    Rows with and without pictures are grouped by length apart, cut into batches, and the batches shuffled. What fills
+    no batch comes last, mixed.
 
     Args:
         lengths: one per row, negative where it has no picture, as `modality_lengths()` of a dataset gives them.
@@ -72,6 +72,8 @@ class EmmaTrainer(Trainer):
         group_by_modality: order the rows by [`ModalityLengthSampler`], where the dataset knows `modality_lengths`.
         **kwargs: of `Trainer`.
     """
+
+    optimizer_cls_and_kwargs: Any
 
     def __init__(
         self,
@@ -195,7 +197,8 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('The loss plot needs matplotlib: install it with `pip install "emma-hf[train]"`.') from error
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         points = [(entry["step"], entry[name]) for entry in log_history if math.isfinite(entry.get(name, math.nan))]
         if points:
@@ -205,4 +208,4 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
