@@ -114,6 +114,9 @@ def recorded_labels(cases: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
 def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, importable: bool = True, **environment: str):
     """Run `code` in a fresh process, offline; with `importable=False` the package cannot be imported there."""
     hide = "import sys; sys.modules['emma_hf'] = None\n"
@@ -122,7 +125,7 @@ def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, impor
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**OFFLINE, **environment},
         timeout=300,
     )
 
@@ -135,7 +138,7 @@ def run_processes(script: Path, *arguments: str | Path, processes: int = 2, time
         [*command, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        env={**OFFLINE, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
         timeout=timeout,
     )
 
