@@ -7,7 +7,9 @@ The defaults are the authors' hyper-parameters of the stage. A run that is start
 checkpoint. Every argument of `TrainingArguments` is one of this script.
 """
 
+import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -88,12 +90,13 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
     """Arguments, with what the stage's authors used where nothing is given."""
     parser = HfArgumentParser((ScriptArguments, TrainingArguments))
+    parser.set_defaults(gradient_accumulation_steps=None)
     given, _ = parser.parse_known_args(argv)
     stage = stage_of(given.stage)
     parser.set_defaults(
         **stage.training_arguments(),
         projector_learning_rate=stage.projector_learning_rate,
-        global_batch_size=stage.batch_size,
+        gradient_accumulation_steps=accumulated_steps(given, stage.batch_size),
         eval_strategy="epoch" if given.eval_data else "no",
         logging_steps=10,
         logging_first_step=True,
@@ -103,17 +106,25 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         # Logits of every token over the whole vocabulary are not for keeping.
         prediction_loss_only=True,
     )
-    script, args = parser.parse_args_into_dataclasses(argv)
-    if "gradient_accumulation_steps" not in " ".join(argv).replace("-", "_"):
-        rows = args.per_device_train_batch_size * args.world_size
-        if script.global_batch_size % rows:
-            raise ValueError(
-                f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got "
-                f"{script.global_batch_size} and {rows} ({args.world_size} times {args.per_device_train_batch_size}). "
-                "Change `--per_device_train_batch_size`, or give `--gradient_accumulation_steps`."
-            )
-        args.gradient_accumulation_steps = script.global_batch_size // rows
-    return script, args
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
+    """So many that a step sees the global batch, whatever the number of processes."""
+    if given.gradient_accumulation_steps is not None:
+        return given.gradient_accumulation_steps
+    # `TrainingArguments` would know, but DeepSpeed copies the accumulation from them when they are made.
+    devices = 1 if given.use_cpu else max(1, torch.cuda.device_count())
+    processes = int(os.environ.get("WORLD_SIZE", devices))
+    rows = given.per_device_train_batch_size * processes
+    batch_size = given.global_batch_size or authors_batch_size
+    if batch_size % rows:
+        raise ValueError(
+            f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got {batch_size} "
+            f"and {rows} ({processes} times {given.per_device_train_batch_size}). Change "
+            "`--per_device_train_batch_size`, or give `--gradient_accumulation_steps`."
+        )
+    return batch_size // rows
 
 
 def load(script: ScriptArguments) -> EmmaForConditionalGeneration:

@@ -98,8 +98,9 @@ def keep_nested_names_on_save(model: nn.Module) -> None:
         rule = PrefixChange(prefix_to_remove=inner)
         rule.scope_prefix, rule.base_model_prefix = f"{prefix}{tower}", ""
         rules.append(rule)
-    kept = [rule for rule in getattr(model, "_weight_conversions", None) or [] if not isinstance(rule, PrefixChange)]
-    model._weight_conversions = rules + kept
+    # Under ZeRO-3, 5.23 remembers also the rules that matched nothing, and undoing those would misname weights.
+    loaded = [rule for rule in getattr(model, "_weight_conversions", None) or [] if rule.was_used()]
+    model._weight_conversions = rules + [rule for rule in loaded if not isinstance(rule, PrefixChange)]
 
 
 # Transformers 4.57 is told a processor's parts by class attributes; 5 reads them from `__init__`. Goes with 4.57.

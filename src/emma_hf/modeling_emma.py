@@ -409,7 +409,7 @@ class EmmaModel(EmmaPreTrainedModel):
             if input_ids is not None:
                 self.get_placeholder_mask(input_ids, inputs_embeds, None)
             if steps_together(self):
-                inputs_embeds = inputs_embeds + self._unseen_picture().sum().to(inputs_embeds)
+                inputs_embeds = inputs_embeds + self._unseen_picture(inputs_embeds).sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -427,14 +427,15 @@ class EmmaModel(EmmaPreTrainedModel):
             image_hidden_states=image_features,
         )
 
-    def _unseen_picture(self) -> torch.Tensor:
+    def _unseen_picture(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
 
         The other processes wait for this one wherever a weight is gathered or a gradient is averaged.
         """
-        size, weight = self.config.vision_config.image_size, self.multi_modal_projector.linear_1.bias
-        picture = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
-        instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=weight.device)
+        size = self.config.vision_config.image_size
+        # No weight is looked at: under ZeRO-3 that would gather it, at a point where the other processes do not.
+        picture = inputs_embeds.new_zeros(1, 3, size, size)
+        instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=inputs_embeds.device)
         return self.get_image_features(picture, instruction, return_dict=True).pooler_output[:0]
 
     def _run_whole_tower(
