@@ -1,18 +1,15 @@
 """Several processes train as one does with the same global batch, by every engine that `examples` configures."""
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import OFFLINE, run_processes, save_rows
 from safetensors.torch import load_file
 
+from emma_hf.compat_emma import TRANSFORMERS_5
 from emma_hf.crash_safety import incomplete_checkpoints
 from emma_hf.modeling_emma import EmmaForConditionalGeneration
 
@@ -55,7 +52,7 @@ def assert_same_run(one: Path, other: Path, weights: str = "model.safetensors") 
         assert (tensor - expected[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize(("stage", "rows_at_once"), [("finetune", 2), ("finetune", 1), ("lora", 1)])
+@pytest.mark.parametrize(("stage", "rows_at_once"), [("finetune", 1), ("lora", 1)])
 def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_once):
     one, two = tmp_path / "one", tmp_path / "two"
     for output, processes, rows in ((one, 1, 4), (two, 2, rows_at_once)):
@@ -65,7 +62,8 @@ def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_o
         assert result.returncode == 0, result.stderr
     weights = f"{'adapter_' if stage == 'lora' else ''}model.safetensors"
     assert_same_run(one, two, weights)
-    if stage == "lora":
+    # On a CPU, 4.57 asks torch to load the optimizer of a run of many processes to `cpu:0`, which torch does not know.
+    if stage == "lora" and TRANSFORMERS_5:
         # Both processes kept their random states; without one of them the run goes on from the checkpoint before.
         assert incomplete_checkpoints(two) == []
         (two / "checkpoint-6" / "rng_state_1.pth").unlink()
@@ -76,6 +74,7 @@ def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_o
         assert_same_run(one, two, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero3"])
 def test_sharded_weights_have_the_curve_of_one_process(options, tmp_path, engine):
     if engine == "deepspeed_zero3":
@@ -85,16 +84,14 @@ def test_sharded_weights_have_the_curve_of_one_process(options, tmp_path, engine
     assert result.returncode == 0, result.stderr
     # The file as it ships, but for what needs a GPU or eight of them.
     config = (EXAMPLES / "accelerate" / f"{engine}.yaml").read_text()
-    config = config.replace("num_processes: 8\nfsdp", "num_processes: 2\nfsdp").replace("precision: bf16", 'precision: "no"')
+    config = config.replace("num_processes: 8\n", "num_processes: 2\n").replace("precision: bf16", 'precision: "no"')
     path = tmp_path / "accelerate.yaml"
-    path.write_text(re.sub(r"^num_processes: 8$", "num_processes: 2", config, flags=re.M))
+    path.write_text(config)
     rows = str(tmp_path / "rows.json")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, SHARDED]
     command += [*options(two, "finetune", 1), "--eval_data", rows, "--eval_strategy", "steps", "--eval_steps", "3"]
     paths = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env={**OFFLINE, **paths}, timeout=300
-    )
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env={**OFFLINE, **paths}, timeout=300)
     assert result.returncode == 0, result.stderr
     assert_same_run(one, two)
     assert len((two / "sample_answers.jsonl").read_text().splitlines()) == 6
