@@ -196,18 +196,34 @@ def test_truncation_cuts_words_and_never_a_picture(processor):
 
 
 def test_the_chat_template_is_the_recorded_conversation(processor, prompts):
+    recorded = {name: "<s>" + prompts[name]["prompt"] for name in ("single", "multi_image", "history")}
     messages = [user(picture(), "What color is the cat?")]
-    assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompts["single"]["prompt"]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["single"]
     messages = [user(picture(), picture(), "What changed between the two?")]
-    assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompts["multi_image"]["prompt"]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["multi_image"]
     messages = [user(picture(), "Who is it?"), {"role": "assistant", "content": "An officer."}, user("And the hat?")]
-    assert processor.apply_chat_template(messages, add_generation_prompt=True) == prompts["history"]["prompt"]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["history"]
     as_words = [{"role": "user", "content": "<image>\nWhat color is the cat?"}]
-    assert processor.apply_chat_template(as_words, add_generation_prompt=True) == prompts["single"]["prompt"]
+    assert processor.apply_chat_template(as_words, add_generation_prompt=True) == recorded["single"]
     system = [{"role": "system", "content": "Be brief."}, user("Hi")]
-    assert processor.apply_chat_template(system) == "Be brief. USER: Hi "
+    assert processor.apply_chat_template(system) == "<s>Be brief. USER: Hi "
     begun = [user("Hi"), {"role": "assistant", "content": "Hello th"}]
     assert processor.apply_chat_template(begun, continue_final_message=True).endswith("ASSISTANT: Hello th")
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("text", ["Who?", "<image>\nWho?", "USER: <image>\nWho? ASSISTANT:", ""])
+def test_a_written_bos_is_the_first_id_once(processor, text, add_special_tokens):
+    # Trainers and servers hand over a rendered chat with it and turn the special tokens off.
+    images = [picture()] * text.count("<image>") or None
+    written = processor(images=images, text=f"<s>{text}", add_special_tokens=add_special_tokens)
+    plain = processor(images=images, text=text)
+    assert written["input_ids"] == plain["input_ids"]
+    if images:
+        assert torch.equal(torch.tensor(written["instruction_input_ids"]), torch.tensor(plain["instruction_input_ids"]))
+    offsets = processor(images=images, text=f"<s>{text}", return_offsets_mapping=True)["offset_mapping"][0]
+    expected = processor(images=images, text=text, return_offsets_mapping=True)["offset_mapping"][0]
+    assert offsets == [(0, 3)] + [(start + 3, end + 3) for start, end in expected[1:]]
 
 
 @pytest.mark.parametrize("batched", [False, True])

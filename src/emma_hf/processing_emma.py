@@ -31,6 +31,7 @@ CHAT_TEMPLATE = """\
         {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{{- bos_token -}}
 {%- if messages[0]['role'] == 'system' -%}
     {{- words(messages[0]['content']) + ' ' -}}
 {%- else -%}
@@ -272,7 +273,10 @@ class EmmaProcessor(ProcessorMixin):
                 instruction
                 for prompt in prompts
                 for instruction in instructions_from_prompt(
-                    prompt, self.image_token, self.instruction_turn, self.tokenizer.eos_token
+                    prompt[self._written_bos(prompt) :],
+                    self.image_token,
+                    self.instruction_turn,
+                    self.tokenizer.eos_token,
                 )
             ]
         if isinstance(instructions, str):
@@ -354,8 +358,8 @@ class EmmaProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        position = 0
-        for index, piece in enumerate(prompt.split(self.image_token)):
+        position = start = self._written_bos(prompt)
+        for index, piece in enumerate(prompt[start:].split(self.image_token)):
             if index:
                 end = position + len(self.image_token)
                 ids += [self.image_token_id] * self.image_seq_length
@@ -365,11 +369,17 @@ class EmmaProcessor(ProcessorMixin):
             ids += piece_ids
             spans += [(start + position, end + position) for start, end in piece_spans]
             position += len(piece)
-        if add_special_tokens:
-            before, after = self._special_ids()
-            ids = before + ids + after
-            spans = [(0, 0)] * len(before) + spans + [(position, position)] * len(after)
+        before, after = self._special_ids() if add_special_tokens else ([], [])
+        if start:
+            before = [self.tokenizer.bos_token_id]
+        ids = before + ids + after
+        spans = [(0, start)] * len(before) + spans + [(position, position)] * len(after)
         return ids, spans
+
+    def _written_bos(self, prompt: str) -> int:
+        """Length of the begin-of-sequence token that a rendered chat begins with; the text starts behind it."""
+        bos = self.tokenizer.bos_token
+        return len(bos) if bos and prompt.startswith(bos) else 0
 
     def _encode_piece(self, piece: str) -> tuple[list[int], list[tuple[int, int]]]:
         if not piece:
