@@ -8,6 +8,7 @@ converted in a process of its own, whose peak resident memory is read, and a sam
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,11 @@ WIDTH, INNER, VOCABULARY = 2048, 5504, 700
 SHARD = 256_000_000
 
 CONVERT = """
-import resource, sys
+import sys
+from memory import peak_resident
 from emma_hf.conversion import convert
 convert(sys.argv[1], sys.argv[2], clip=sys.argv[3], max_shard_size=int(sys.argv[4]), progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_resident())
 """
 
 
@@ -87,6 +89,15 @@ def verify(source: Path, output: Path) -> None:
                 raise SystemExit(f"{name} was not converted exactly; no figure is worth printing.")
 
 
+def run(code: str, *arguments: str | Path) -> str:
+    """The last word that `code` prints in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout.split()[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4])
@@ -98,19 +109,12 @@ def main() -> None:
             source, output = Path(folder) / "source", Path(folder) / "output"
             written = write_checkpoint(source, int(size * 1e9))
             arguments = [source, output, source / "clip", str(SHARD)]
-            done = subprocess.run([sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
+            peaks.append(int(run(CONVERT, *arguments)))
             verify(source, output)
             largest = max(path.stat().st_size for path in output.glob("*.safetensors"))
-            peaks.append(int(done.stdout.split()[-1]))
             print(f"| {written / 1e9:.2f} GB | {largest / 1e6:.0f} MB | {peaks[-1] / 1e6:.0f} MB |", flush=True)
-    idle = subprocess.run(
-        [sys.executable, "-c", "import emma_hf.conversion, resource; "
-         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    print(f"\nimports alone: {int(idle.stdout.split()[-1]) / 1e6:.0f} MB")
+    idle = int(run("import emma_hf.conversion, memory; print(memory.peak_resident())"))
+    print(f"\nimports alone: {idle / 1e6:.0f} MB")
     print(f"largest peak over smallest: {max(peaks) / min(peaks):.3f} (target: under 1.10)")
 
 

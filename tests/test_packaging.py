@@ -22,6 +22,8 @@ def test_the_wheel_alone_answers(converted, photo, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names >= {f"emma_hf/{name}" for name in (*HUB_FILES, "__init__.py", "cli.py", "conversion.py", "py.typed")}
+    # What `emma-hf train` runs.
+    assert "emma_hf/examples/finetune.py" in names
     assert not any(name.startswith(("tests", "benchmarks")) for name in names)
 
     # A new environment that sees this one's third-party packages, but not this checkout.
@@ -53,3 +55,7 @@ def test_the_wheel_alone_answers(converted, photo, tmp_path):
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip()
+    usage = subprocess.run(
+        [environment / "bin" / "emma-hf", "train", "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True
+    )
+    assert usage.returncode == 0 and "--projector_learning_rate" in usage.stdout, usage.stderr

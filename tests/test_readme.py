@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import save_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,10 +20,12 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, converted, reference) -> Path:
-    """A folder with the files that the README speaks of: `photo.jpg` and the converted `emma-7b`."""
+    """A folder with the files that the README speaks of: `photo.jpg`, the converted `emma-7b`, and rows to train on."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(reference / "images" / "photo.jpg", folder)
     shutil.copytree(converted, folder / "emma-7b")
+    shutil.copytree(reference / "images", folder / "pictures")
+    save_rows(folder / "rows.json")
     return folder
 
 
@@ -38,6 +41,9 @@ def test_the_python_of_the_readme_runs_in_its_order(place):
         [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    out = place / "emma-finetuned"
+    for name in ("model.safetensors", "sample_answers.jsonl", "loss.png"):
+        assert (out / name).is_file(), name
 
 
 def test_the_python_of_the_model_card_runs(place):
@@ -51,8 +57,9 @@ def test_the_python_of_the_model_card_runs(place):
 
 
 def test_the_commands_of_the_readme_run(place, reference):
-    commands = [line for block in blocks("README.md", "bash") for line in block.splitlines() if "emma-hf " in line]
-    assert len(commands) == 4
+    lines = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
+    commands = [line for line in lines if line.startswith("emma-hf ")]
+    assert len(commands) == 5
     shutil.rmtree(place / "emma-7b", ignore_errors=True)
     original = reference / "original"
     for command in commands:
@@ -63,6 +70,7 @@ def test_the_commands_of_the_readme_run(place, reference):
             input="Who is it?\n\n",
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (place / "emma-lora" / "merged" / "model.safetensors").is_file()
     assert (place / "emma-7b-authors" / "clip" / "config.json").is_file()
 
 
