@@ -392,14 +392,15 @@ def _processor(source: Path, clip: Path, authors: dict[str, Any], config: EmmaCo
     )
     return EmmaProcessor(
         image_processor,
-        _prompt_tokenizer(source, authors, config),
+        prompt_tokenizer(source, authors, config.text_config.vocab_size - 1),
         _instruction_tokenizer(source, clip),
         image_seq_length=config.image_seq_length,
         instruction_length=config.instruction_length,
     )
 
 
-def _prompt_tokenizer(source: Path, authors: dict[str, Any], config: EmmaConfig) -> Any:
+def prompt_tokenizer(source: Path, authors: dict[str, Any], rows: int) -> Any:
+    """The language model's tokenizer of the authors' folder, where `<image>` is the id after the `rows` of the rest."""
     # From a folder of its own: beside the authors' config.json Transformers would look for their model class.
     with tempfile.TemporaryDirectory() as folder:
         for name in ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
@@ -418,7 +419,6 @@ def _prompt_tokenizer(source: Path, authors: dict[str, Any], config: EmmaConfig)
         _write_json(Path(folder) / "tokenizer_config.json", values)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.init_kwargs["legacy"] = values["legacy"]
-    rows = config.text_config.vocab_size - 1
     # An embedding can have more rows than the tokenizer has tokens; they get names, so that `<image>` is the row after.
     tokenizer.add_tokens([f"<reserved_{index}>" for index in range(len(tokenizer), rows)], special_tokens=True)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)

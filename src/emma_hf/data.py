@@ -295,7 +295,7 @@ class DataCollator:
             "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED),
         }
-        for name in ("pixel_values", "instruction_input_ids"):
+        for name in ("pixel_values", "vision_features", "instruction_input_ids"):
             rows = [item[name] for item in items if name in item]
             if rows:
                 batch[name] = torch.cat(rows)

@@ -1,0 +1,430 @@
+"""emma-tiny from nothing: its tokenizers, a small CLIP, and EMMA's two stages on top of it.
+
+Everything is learned from [`emma_hf.scenes`]. Each phase leaves its result in the output folder and is skipped where it
+has one; a phase that was killed goes on from its last complete checkpoint.
+"""
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .compat_emma import WARMUP_SHARE, core_of
+from .configuration_emma import EmmaConfig
+from .conversion import prompt_tokenizer
+from .crash_safety import CrashSafety, last_complete_checkpoint
+from .data import DataCollator, encode_conversation
+from .image_processing_emma import EmmaImageProcessor
+from .instruction_emma import encode_instruction, training_instruction
+from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from .modeling_emma import EmmaForConditionalGeneration
+from .processing_emma import EmmaProcessor
+from .scenes import FAMILIES, Chance, Scene, ask, caption, caption_question, draw, questions, siblings
+from .trainer import EmmaTrainer, plot_loss
+from .training import prepare
+
+SIDE, PATCH = 112, 14
+VISUAL_TOKENS = (SIDE // PATCH) ** 2
+VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+INSTRUCTION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3}
+PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
+# The seeds of a purpose are its own: no test scene was ever trained on.
+CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
+# Scenes in a group of contrastive learning.
+GROUP = 4
+# Families that need more rows than the others come twice.
+TRAINED_FAMILIES = (*FAMILIES, "count", "position", "same")
+# One batch in so many of the second stage is captions.
+CAPTION_EVERY = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train.
+
+    Args:
+        clip_steps: of contrastive learning, of `clip_groups` scenes with their siblings.
+        pictures: of which V is computed and kept, for both stages.
+        pretrain_rows, finetune_rows: of the stages, a picture and a caption or question each.
+        batch_size: rows in a step of the stages.
+    """
+
+    clip_steps: int = 800
+    clip_groups: int = 56
+    pictures: int = 50_000
+    pretrain_rows: int = 12_800
+    finetune_rows: int = 320_000
+    batch_size: int = 128
+    clip_rate: float = 1e-3
+    pretrain_rate: float = 1e-3
+    finetune_rate: float = 1.5e-3
+
+
+SMOKE = Budget(clip_steps=12, clip_groups=8, pictures=64, pretrain_rows=256, finetune_rows=512, batch_size=32)
+
+
+def train_tiny(output: str | Path, budget: Budget = Budget(), seed: int = 0, **arguments: Any) -> Path:
+    """Train emma-tiny and save it in `output/emma-tiny`.
+
+    Args:
+        output: folder of the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`.
+        budget: how long.
+        seed: of the first weights and the data.
+        **arguments: of `TrainingArguments`, for each phase.
+
+    Returns:
+        The folder of the model.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    processor = _processor(output / "tokenizers")
+    phases = {
+        "clip": lambda: _train_clip(output / "clip", processor, budget, seed, arguments),
+        "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, arguments),
+        "finetune": lambda: _train_stage("finetune", output, processor, budget, seed, arguments),
+    }
+    seconds = output / "seconds.json"
+    for name, phase in phases.items():
+        if (output / name / "done").is_file():
+            continue
+        start = time.time()
+        phase()
+        spent = json.loads(seconds.read_text()) if seconds.is_file() else {}
+        seconds.write_text(json.dumps({**spent, name: round(spent.get(name, 0) + time.time() - start)}))
+        (output / name / "done").touch()
+    model = EmmaForConditionalGeneration.from_pretrained(output / "finetune", dtype=torch.bfloat16)
+    model.save_pretrained(output / "emma-tiny")
+    processor.save_pretrained(output / "emma-tiny")
+    return output / "emma-tiny"
+
+
+def _texts(count: int) -> Iterator[str]:
+    """Everything that is said about some scenes, chats as they are rendered."""
+    yield "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    yield "detailed, and polite answers to the user's questions. USER: ASSISTANT:"
+    for seed in range(TRAIN_SEEDS - count, TRAIN_SEEDS):
+        scene, chance = Scene.random(seed), Chance(seed)
+        yield f"USER: {caption_question(chance)} ASSISTANT: {caption(scene)}"
+        for held_out in (False, True):
+            for question in questions(scene, chance, held_out):
+                yield f"USER: {question.text} ASSISTANT: {question.answer}"
+
+
+def _processor(folder: Path) -> EmmaProcessor:
+    """The processor with tokenizers of its own, learned from the scenes' words."""
+    if (folder / "processor_config.json").is_file():
+        return EmmaProcessor.from_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(_texts(2000))
+    instruction_tokenizer = _learn_instruction_tokenizer(texts, folder)
+    processor = EmmaProcessor(
+        EmmaImageProcessor(size=SIDE, crop_size=SIDE),
+        _learn_prompt_tokenizer(texts, folder),
+        instruction_tokenizer,
+        image_seq_length=VISUAL_TOKENS,
+    )
+    processor.save_pretrained(folder)
+    return processor
+
+
+def _learn_instruction_tokenizer(texts: list[str], folder: Path) -> Any:
+    """Byte-pair merges in CLIP's format: lower case, `</w>` at the end of a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator([text.lower() for text in texts], trainer)
+    merges = [" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:INSTRUCTION_MERGES]
+    path = folder / BPE_NAME
+    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0))
+    return load_instruction_tokenizer(path)
+
+
+def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
+    """A sentencepiece model with Llama's settings."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts for line in text.splitlines()]),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=PROMPT_VOCABULARY,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    values = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "pad_token": "<unk>", "unk_token": "<unk>"}
+    values |= {"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return prompt_tokenizer(folder, {}, PROMPT_VOCABULARY)
+
+
+# CLIP
+
+
+class Captioned(Dataset):
+    """Groups of scenes, and a caption of some things of each.
+
+    In the first half of the groups the scenes have nothing to do with each other; without these the loss never leaves
+    its plateau. Then they are siblings, which only their details tell apart.
+    """
+
+    def __init__(self, groups: int, processor: EmmaProcessor, seed: int) -> None:
+        self.groups, self.processor, self.seed = groups, processor, CLIP_SEEDS + seed * GROUP * groups
+
+    def __len__(self) -> int:
+        return self.groups
+
+    def pairs(self, index: int) -> list[tuple[Scene, str]]:
+        """The scenes of a group and their captions."""
+        seed = self.seed + GROUP * index
+        if index >= self.groups // 2:
+            return siblings(Scene.random(seed), Chance(seed))
+        pairs = []
+        for scene in map(Scene.random, range(seed, seed + GROUP)):
+            chance = Chance(scene.seed)
+            some = sorted(chance.several(range(len(scene.things)), min(3, len(scene.things))))
+            pairs.append((scene, caption(scene, [scene.things[place] for place in some])))
+        return pairs
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pairs = self.pairs(index)
+        tokenizer = self.processor.instruction_tokenizer
+        pictures = [draw(scene) for scene, _ in pairs]
+        return {
+            "pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
+            "input_ids": torch.tensor([encode_instruction(tokenizer, text) for _, text in pairs]),
+        }
+
+
+def collate_groups(groups: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """All groups in one batch, texts cut where the longest ends."""
+    batch = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+    length = int((batch["input_ids"] != 0).sum(-1).max())
+    return {**batch, "input_ids": batch["input_ids"][:, :length], "return_loss": True}
+
+
+class InOrder(Trainer):
+    """Rows in the order of their numbers: none is ever seen twice, so there is nothing to shuffle."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+class InOrderEmma(InOrder, EmmaTrainer):
+    """[`EmmaTrainer`] in the order of the rows."""
+
+
+def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
+    values: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        WARMUP_SHARE: 0.03,
+        "weight_decay": 0.01,
+        "logging_steps": max(1, min(20, steps // 6)),
+        "logging_first_step": True,
+        "save_steps": max(1, min(200, steps // 3)),
+        "save_total_limit": 1,
+        "seed": seed,
+        "report_to": "none",
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": min(2, os.cpu_count() or 1),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**values, **more})
+
+
+def _run(trainer: Trainer, folder: Path) -> None:
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trainer.save_model()
+    trainer.save_state()
+    plot_loss(trainer.state.log_history, folder / "loss.png")
+
+
+def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
+    set_seed(seed)
+    tokenizer = processor.instruction_tokenizer
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    text = CLIPTextConfig(**INSTRUCTION, vocab_size=len(tokenizer), max_position_embeddings=77, **ids)
+    vision = CLIPVisionConfig(**VISION, image_size=SIDE, patch_size=PATCH)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    trainer = InOrder(
+        model=model,
+        args=_arguments(
+            folder, budget.clip_steps, budget.clip_groups, budget.clip_rate, seed, {WARMUP_SHARE: 0.1, **more}
+        ),
+        train_dataset=Captioned(budget.clip_steps * budget.clip_groups, processor, seed),
+        data_collator=collate_groups,
+        callbacks=[CrashSafety()],
+    )
+    _run(trainer, folder)
+
+
+# EMMA
+
+
+class Rows(Dataset):
+    """Rows of a stage: V of a picture, and a caption or a question and its answer.
+
+    Args:
+        stage: `pretrain` (captions) or `finetune` (questions, and every so many batches captions).
+        features: V of the pictures, (pictures, visual tokens, width).
+        processor: its tokenizers prepare the words.
+        rows: how many.
+        batch_size: rows in a batch, all captions or all questions.
+        seed: of the words.
+    """
+
+    def __init__(
+        self, stage: str, features: np.ndarray, processor: EmmaProcessor, rows: int, batch_size: int, seed: int
+    ) -> None:
+        self.stage, self.features, self.processor = stage, features, processor
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def words(self, index: int) -> tuple[str, str]:
+        """What is asked about the picture of a row, and the answer."""
+        scene = Scene.random(TRAIN_SEEDS + index % len(self.features))
+        chance = Chance((self.seed << 40) + index)
+        if self.stage == "pretrain":
+            return "", caption(scene)
+        if index // self.batch_size % CAPTION_EVERY == 0:
+            return caption_question(chance), caption(scene)
+        while True:
+            question = ask(scene, chance, chance.one(TRAINED_FAMILIES))
+            if question is not None:
+                return question.text, question.answer
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        question, answer = self.words(index)
+        text = f"<image>\n{question}" if question else "<image>"
+        conversation = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+        template = "plain" if self.stage == "pretrain" else "vicuna_v1"
+        input_ids, labels = encode_conversation(self.processor, conversation, template)
+        tokenizer = self.processor.instruction_tokenizer
+        instruction = training_instruction(conversation, tokenizer, "<image>", self.processor.instruction_length)
+        features = torch.from_numpy(self.features[index % len(self.features)].astype(np.float32))
+        return {
+            "input_ids": torch.tensor(input_ids),
+            "labels": torch.tensor(labels),
+            "vision_features": features[None],
+            "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, instruction)]),
+        }
+
+
+class Pictures(Dataset):
+    """Pixels of the scenes that both stages train on."""
+
+    def __init__(self, count: int, processor: EmmaProcessor) -> None:
+        self.count, self.processor = count, processor
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        picture = draw(Scene.random(TRAIN_SEEDS + index))
+        return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+
+
+def vision_features(
+    model: EmmaForConditionalGeneration, processor: EmmaProcessor, count: int, path: Path
+) -> np.ndarray:
+    """V of the first pictures, float16 (count, visual tokens, width), computed once and kept in a file."""
+    shape = (count, VISUAL_TOKENS, VISION["hidden_size"])
+    if path.is_file() and path.stat().st_size == 2 * np.prod(shape):
+        return np.memmap(path, np.float16, "r", shape=shape)
+    half_written = path.with_suffix(".part")
+    features = np.memmap(half_written, np.float16, "w+", shape=shape)
+    loader = torch.utils.data.DataLoader(Pictures(count, processor), batch_size=128, num_workers=1)
+    start = 0
+    for pixels in tqdm(loader, desc="vision features"):
+        with torch.no_grad():
+            found = model.get_vision_features(pixels.to(model.device))
+        features[start : start + len(found)] = found.cpu().numpy()
+        start += len(found)
+    features.flush()
+    half_written.rename(path)
+    return np.memmap(path, np.float16, "r", shape=shape)
+
+
+def _untrained(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForConditionalGeneration:
+    """EMMA around the towers of a CLIP, its language model at random."""
+    set_seed(seed)
+    clip = CLIPModel.from_pretrained(folder)
+    config = EmmaConfig(
+        vision_config=clip.config.vision_config,
+        instruction_config=clip.config.text_config,
+        text_config={
+            "model_type": "llama",
+            **TEXT,
+            "vocab_size": PROMPT_VOCABULARY + 1,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+        },
+        image_token_index=PROMPT_VOCABULARY,
+        instruction_length=processor.instruction_length,
+    )
+    model = EmmaForConditionalGeneration(config)
+    core_of(model.model.vision_tower).load_state_dict(core_of(clip.vision_model).state_dict())
+    core_of(model.model.instruction_encoder).load_state_dict(core_of(clip.text_model).state_dict())
+    return model
+
+
+def _train_stage(stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
+    if stage == "pretrain":
+        model = _untrained(output / "clip", processor, seed)
+        rows, rate = budget.pretrain_rows, budget.pretrain_rate
+    else:
+        model = EmmaForConditionalGeneration.from_pretrained(output / "pretrain", dtype=torch.float32)
+        rows, rate = budget.finetune_rows, budget.finetune_rate
+    if torch.cuda.is_available():
+        model.cuda()
+    features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
+    trainer = InOrderEmma(
+        model=prepare(model, stage),
+        args=_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, more),
+        train_dataset=Rows(stage, features, processor, rows, budget.batch_size, seed),
+        data_collator=DataCollator(processor),
+        processing_class=processor,
+        group_by_modality=False,
+        callbacks=[CrashSafety()],
+    )
+    _run(trainer, output / stage)
+
+
+__all__ = ["SMOKE", "Budget", "train_tiny", "vision_features"]
