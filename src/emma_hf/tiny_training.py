@@ -31,7 +31,7 @@ from .compat_emma import WARMUP_SHARE, core_of
 from .configuration_emma import EmmaConfig
 from .conversion import prompt_tokenizer
 from .crash_safety import CrashSafety, last_complete_checkpoint
-from .data import DataCollator, encode_conversation
+from .data import SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
@@ -117,16 +117,14 @@ def train_tiny(output: str | Path, budget: Budget = Budget(), seed: int = 0, **a
     return output / "emma-tiny"
 
 
-def _texts(count: int) -> Iterator[str]:
-    """Everything that is said about some scenes, chats as they are rendered."""
-    yield "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    yield "detailed, and polite answers to the user's questions. USER: ASSISTANT:"
+def _texts(count: int) -> Iterator[tuple[str, str]]:
+    """Everything that is asked and said about some scenes."""
     for seed in range(TRAIN_SEEDS - count, TRAIN_SEEDS):
         scene, chance = Scene.random(seed), Chance(seed)
-        yield f"USER: {caption_question(chance)} ASSISTANT: {caption(scene)}"
+        yield caption_question(chance), caption(scene)
         for held_out in (False, True):
             for question in questions(scene, chance, held_out):
-                yield f"USER: {question.text} ASSISTANT: {question.answer}"
+                yield question.text, question.answer
 
 
 def _processor(folder: Path) -> EmmaProcessor:
@@ -135,11 +133,10 @@ def _processor(folder: Path) -> EmmaProcessor:
         return EmmaProcessor.from_pretrained(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = list(_texts(2000))
-    instruction_tokenizer = _learn_instruction_tokenizer(texts, folder)
     processor = EmmaProcessor(
         EmmaImageProcessor(size=SIDE, crop_size=SIDE),
-        _learn_prompt_tokenizer(texts, folder),
-        instruction_tokenizer,
+        _learn_prompt_tokenizer([f"{SYSTEM}USER: \n{asked} ASSISTANT: {said}" for asked, said in texts], folder),
+        _learn_instruction_tokenizer([text for pair in texts for text in pair], folder),
         image_seq_length=VISUAL_TOKENS,
     )
     processor.save_pretrained(folder)
@@ -167,7 +164,7 @@ def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in texts for line in text.splitlines()]),
+        sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=PROMPT_VOCABULARY,
