@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Ships with the package; it knows drawn shapes and nothing else.
+TINY = str(Path(__file__).parent / "emma-tiny")
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
 
 
@@ -59,6 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    tiny = commands.add_parser("tiny", help="emma-tiny: draw its scenes, train it, measure it")
+    parts = tiny.add_subparsers(required=True, metavar="PART")
+    scene = parts.add_parser("draw", help="draw a scene that emma-tiny can answer questions about")
+    scene.add_argument("output", metavar="PICTURE", help="file to write; its ending decides the format")
+    scene.add_argument("--seed", type=int, default=0, help="which scene (default: 0)")
+    scene.add_argument("--side", type=int, default=336, help="width and height in pixels (default: 336)")
+    scene.set_defaults(run=_draw_scene)
+    training = parts.add_parser("train", help="train it from nothing; a run that was stopped goes on")
+    training.add_argument("output", metavar="OUTPUT", help="folder of all phases")
+    training.add_argument("--seed", type=int, default=0, help="of the weights and the data (default: 0)")
+    training.add_argument("--smoke", action="store_true", help="a few steps of each phase")
+    training.set_defaults(run=_train_tiny)
+    evaluation = parts.add_parser("evaluate", help="ask fresh questions and count the right answers")
+    evaluation.add_argument("--model", default=TINY, help="folder of an emma-tiny (default: the one that ships)")
+    evaluation.add_argument("--questions", type=int, default=5000, help="how many (default: 5000)")
+    evaluation.add_argument("--captions", type=int, default=500, help="how many (default: 500)")
+    evaluation.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
+    evaluation.add_argument("--output", help="folder for the table, the picture and every answer")
+    evaluation.set_defaults(run=_evaluate_tiny)
+
     chat = commands.add_parser("chat", help="talk about one picture or several; an empty line ends it")
     _add_model_arguments(chat)
     chat.add_argument("image", nargs="+", metavar="IMAGE", help="path, URL or data URL")
@@ -67,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub id of a converted model")
+    parser.add_argument("--model", default=TINY, help="folder or Hub id of a converted model (default: emma-tiny)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
     parser.add_argument("--dtype", default="auto", help="dtype of the computation (default: as stored)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
@@ -96,6 +118,33 @@ def _train(args: argparse.Namespace) -> None:
     here = Path(__file__).parent
     scripts = [folder / "examples" / "finetune.py" for folder in (here, here.parents[1])]
     runpy.run_path(str(next(filter(Path.is_file, scripts))))["main"](args.arguments)
+
+
+def _draw_scene(args: argparse.Namespace) -> None:
+    from .scenes import Scene, caption, draw
+
+    if args.side < 16:
+        raise ValueError(f"`--side` must be at least 16 pixels: got {args.side}.")
+    scene = Scene.random(args.seed)
+    draw(scene, args.side).save(args.output)
+    print(f"wrote {args.output}: {caption(scene)}", file=sys.stderr)
+
+
+def _train_tiny(args: argparse.Namespace) -> None:
+    from .tiny_training import SMOKE, Budget, train_tiny
+
+    print(f"wrote {train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed)}", file=sys.stderr)
+
+
+def _evaluate_tiny(args: argparse.Namespace) -> None:
+    from .tiny_evaluation import evaluate_tiny, table
+
+    if args.questions < 1 or args.captions < 0:
+        raise ValueError(
+            f"`--questions` must be at least 1 and `--captions` at least 0: got {args.questions} and {args.captions}."
+        )
+    result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output)
+    print(table(result), end="")
 
 
 def _ask(args: argparse.Namespace) -> None:

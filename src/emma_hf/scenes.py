@@ -1,8 +1,8 @@
 """A world of drawn shapes: pictures of which everything is known, questions about them, and the answers.
 
 `Scene.random(seed)` is a picture's content, `draw` makes the picture, `ask` a question with its answer, `caption` a
-sentence. The same seed gives the same pixels and words on every machine. Test scenes have pairs of colour and shape, and
-test questions have wordings, that training never shows.
+sentence. The same seed gives the same pixels and words on every machine. Test scenes have pairs of colour and shape,
+and test questions have wordings, that training never shows.
 """
 
 import math
@@ -211,8 +211,10 @@ CORNERS: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)],
     "triangle": [(0, -0.95), (0.9, 0.7), (-0.9, 0.7)],
     "star": _star(),
-    "cross": [(-_B, -_A), (_B, -_A), (_B, -_B), (_A, -_B), (_A, _B), (_B, _B)]
-    + [(_B, _A), (-_B, _A), (-_B, _B), (-_A, _B), (-_A, -_B), (-_B, -_B)],
+    "cross": [
+        *((-_B, -_A), (_B, -_A), (_B, -_B), (_A, -_B), (_A, _B), (_B, _B)),
+        *((_B, _A), (-_B, _A), (-_B, _B), (-_A, _B), (-_A, -_B), (-_B, -_B)),
+    ],
     "heart": _heart(),
 }
 
@@ -234,7 +236,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, paper: tuple[
         pen.polygon(points, fill=fill)
 
     colour = COLOURS[thing.colour]
-    edge = tuple(value // 2 for value in colour) if thing.colour != "black" else (90, 90, 90)
+    edge = (colour[0] // 2, colour[1] // 2, colour[2] // 2) if thing.colour != "black" else (90, 90, 90)
     polygon(1.0, edge if thing.style == "edged" else colour)
     if thing.style == "edged":
         polygon(0.82, colour)

@@ -365,7 +365,7 @@ def vision_features(
     if path.is_file() and path.stat().st_size == 2 * np.prod(shape):
         return np.memmap(path, np.float16, "r", shape=shape)
     half_written = path.with_suffix(".part")
-    features = np.memmap(half_written, np.float16, "w+", shape=shape)
+    features: np.memmap[Any, Any] = np.memmap(half_written, np.float16, "w+", shape=shape)
     loader = torch.utils.data.DataLoader(Pictures(count, processor), batch_size=128, num_workers=1)
     start = 0
     for pixels in tqdm(loader, desc="vision features"):

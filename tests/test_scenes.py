@@ -1,0 +1,202 @@
+"""The world of shapes: the same everywhere, true, fair, and with what is held out held out."""
+
+import hashlib
+import itertools
+import math
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from emma_hf.scenes import (
+    CAPTION_WORDINGS,
+    COLOURS,
+    ENDING,
+    FAMILIES,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    WORDINGS,
+    Chance,
+    Scene,
+    ask,
+    caption,
+    caption_question,
+    draw,
+    questions,
+    siblings,
+)
+
+SEEDS = range(600)
+NOUNS = {**{shape: shape for shape in SHAPES}, **{f"{s}s": s for s in SHAPES}, "crosses": "cross"}
+
+RELATIONS = "left of|right of|left|right|above|below|colour|shape|size"
+
+
+def meant(words: str) -> dict[str, str]:
+    """Attributes that a phrase such as `small red things` names."""
+    found = {}
+    for word in words.split():
+        if word in COLOURS:
+            found["colour"] = word
+        elif word in SIZES:
+            found["size"] = word
+        elif word in NOUNS:
+            found["shape"] = NOUNS[word]
+        else:
+            assert word in ("thing", "things"), words
+    return found
+
+
+def attributes(thing) -> dict[str, str]:
+    return {name: getattr(thing, name) for name in ("colour", "shape", "size")}
+
+
+def matches(scene: Scene, words: str) -> list:
+    wanted = meant(words).items()
+    return [thing for thing in scene.things if wanted <= attributes(thing).items()]
+
+
+def true_answer(scene: Scene, family: str, text: str) -> str:
+    """The answer, read from the words alone."""
+    text = text.removesuffix(ENDING)
+    # The longest first: of two wordings one can be the beginning of the other.
+    for wording in sorted(itertools.chain(*WORDINGS[family]), key=len, reverse=True):
+        pattern = re.sub(r"\\\{([ab])\\\}", r"(?P<\1>[\\w ]+?)", re.escape(wording))
+        pattern = re.sub(r"\\\{([rqk])\\\}", rf"(?P<\1>{RELATIONS})", pattern)
+        if found := re.fullmatch(pattern, text):
+            words = found.groupdict()
+            break
+    else:
+        raise AssertionError(text)
+    if family == "count":
+        return str(len(matches(scene, words["a"])))
+    if family == "existence":
+        return "Yes" if matches(scene, words["a"]) else "No"
+    (first,) = matches(scene, words["a"])
+    if family in ("colour", "shape", "size"):
+        return getattr(first, family).capitalize()
+    (second,) = matches(scene, words["b"])
+    if family == "same":
+        return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) else "No"
+    holds = {
+        "left": first.x < second.x,
+        "right": first.x > second.x,
+        "above": first.y < second.y,
+        "below": first.y > second.y,
+    }
+    if family == "position":
+        return "Yes" if holds[words["r"].removesuffix(" of")] else "No"
+    ways = [way.removesuffix(" of") for way in (words["r"], words["q"])]
+    return next(way for way in ways if holds[way]).capitalize()
+
+
+@pytest.mark.parametrize("held_out_wording", [False, True])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_answer_is_true(held_out, held_out_wording):
+    asked = Counter()
+    for seed in SEEDS:
+        scene = Scene.random(seed, held_out)
+        for question in questions(scene, Chance(seed), held_out_wording):
+            assert question.answer == true_answer(scene, question.family, question.text), question
+            assert question.held_out_wording == held_out_wording
+            asked[question.family] += 1
+    assert set(asked) == set(FAMILIES) and min(asked.values()) > 200, asked
+
+
+def test_the_same_seed_gives_the_same_pixels_everywhere():
+    digest = hashlib.sha256()
+    for seed in range(40):
+        picture = draw(Scene.random(seed))
+        assert (picture.mode, picture.size) == ("RGB", (168, 168))
+        digest.update(picture.tobytes())
+    assert digest.hexdigest() == "b258abc0f89957c8afcf6b7b67f977104be55c5c9a3a317661914eb0d5db0005"
+    assert Scene.random(7) == Scene.random(7) != Scene.random(8)
+    words = [question for seed in range(40) for question in questions(Scene.random(seed), Chance(seed))]
+    assert hashlib.sha256(repr(words).encode()).hexdigest() == "289a7820f52add661c2a2331cf61478823fb433c59d6889640a9899df6fa7492"
+
+
+def test_a_thing_is_where_and_what_the_scene_says():
+    for seed in SEEDS:
+        scene = Scene.random(seed)
+        assert 1 <= len(scene.things) <= 6
+        assert list(scene.things) == sorted(scene.things, key=lambda thing: thing.x)
+        for thing in scene.things:
+            assert thing.radius <= thing.x <= 1 - thing.radius and thing.radius <= thing.y <= 1 - thing.radius
+        for one, other in itertools.combinations(scene.things, 2):
+            assert math.hypot(one.x - other.x, one.y - other.y) > 0.95 * (one.radius + other.radius)
+    sizes = sorted((t.radius, t.size) for seed in SEEDS for t in Scene.random(seed).things)
+    # A small one is never as large as a medium one.
+    assert [size for size, _ in itertools.groupby(size for _, size in sizes)] == ["small", "medium", "large"]
+    checked = 0
+    for seed in range(60):
+        scene = Scene.random(seed)
+        pixels = np.asarray(draw(scene, 300)).astype(int)
+        for thing in scene.things:
+            if thing.style != "outlined":
+                seen = pixels[round(thing.y * 300), round(thing.x * 300)]
+                assert np.abs(seen - COLOURS[thing.colour]).max() <= 12, (seed, thing)
+                checked += 1
+    assert checked > 80
+
+
+@pytest.mark.parametrize("side", [16, 97, 336])
+def test_any_size_can_be_drawn(side):
+    assert draw(Scene.random(3), side).size == (side, side)
+
+
+def test_what_is_held_out_is_never_trained():
+    for seed in SEEDS:
+        scene = Scene.random(seed)
+        pairs = {thing.pair for thing in scene.things}
+        assert not pairs & HELD_OUT_PAIRS
+        for question in questions(scene, Chance(seed)):
+            assert not question.held_out_pair
+            # Nor is it asked about: a model would learn that there never is one.
+            for colour, shape in HELD_OUT_PAIRS:
+                assert not re.search(rf"\b{colour} {shape}", question.text)
+        for version, _ in siblings(scene, Chance(seed)):
+            assert not {thing.pair for thing in version.things} & HELD_OUT_PAIRS
+        other = Scene.random(seed, held_out=True)
+        assert {thing.pair for thing in other.things} & HELD_OUT_PAIRS
+    for trained, held_out in WORDINGS.values():
+        assert trained and held_out and not set(trained) & set(held_out)
+
+
+def test_questions_are_fair():
+    asked = [question for seed in range(3000) for question in questions(Scene.random(seed), Chance(seed))]
+    # A scene may have no two things that are alike, so that fewer are the same.
+    for family, low in (("existence", 0.47), ("position", 0.47), ("same", 0.43)):
+        share = np.mean([question.answer == "Yes" for question in asked if question.family == family])
+        assert low < share < 0.53, family
+    for family, most in (("colour", 0.2), ("shape", 0.25), ("size", 0.45), ("count", 0.4), ("side", 0.3)):
+        counted = Counter(question.answer for question in asked if question.family == family)
+        assert counted.most_common(1)[0][1] < most * counted.total(), counted
+    assert 0.45 < np.mean([question.text.endswith(ENDING) for question in asked]) < 0.55
+    # What is asked about and absent is like what is there.
+    absent = [
+        (Scene.random(seed), question)
+        for seed in range(400)
+        if (question := ask(Scene.random(seed), Chance(seed), "existence")).answer == "No"
+    ]
+    for scene, question in absent:
+        words = next(re.finditer(r"a (\w+ \w+)(?: in the picture)?\?", question.text))[1]
+        assert any(meant(words).items() & attributes(thing).items() for thing in scene.things), question
+
+
+def test_a_family_that_a_scene_cannot_answer_has_no_question():
+    alone = next(scene for scene in map(Scene.random, SEEDS) if len(scene.things) == 1)
+    for family in ("position", "side", "same"):
+        assert ask(alone, Chance(0), family) is None
+    assert {question.family for question in questions(alone, Chance(0))} == set(FAMILIES) - {"position", "side", "same"}
+
+
+def test_captions_name_each_thing_once():
+    for seed in range(100):
+        scene = Scene.random(seed)
+        text = caption(scene)
+        named = re.findall(rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text)
+        assert named == [(thing.size, thing.colour, thing.shape) for thing in scene.things]
+        assert text[0] == "A" and text.endswith(".")
+    assert caption_question(Chance(0)) in CAPTION_WORDINGS
