@@ -100,6 +100,14 @@ def test_batches(processor, model, write, reference):
         assert (batch["labels"][row, length:] == -100).all()
         assert (batch["input_ids"][row, length:] == processor.tokenizer.pad_token_id).all()
     assert set(collate(items[1:2])) == {"input_ids", "attention_mask", "labels"}
+    # What frozen towers see can be computed once.
+    seen = [
+        {**item, "vision_features": model.get_vision_features(item["pixel_values"])} if "pixel_values" in item else item
+        for item in items
+    ]
+    kept = collate([{name: item[name] for name in item if name != "pixel_values"} for item in seen])
+    assert torch.equal(kept["vision_features"], model.get_vision_features(batch["pixel_values"]))
+    torch.testing.assert_close(model(**kept).loss, model(**batch).loss)
     # The loss of the batch is the loss of its rows, weighted by their labels.
     with torch.no_grad():
         alone = [model(**collate([item])).loss * (item["labels"] != -100).sum() for item in items]

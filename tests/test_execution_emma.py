@@ -1,5 +1,7 @@
 """Several processes: one whose batch has no picture takes part in every step, and changes nothing."""
 
+import re
+
 import pytest
 import torch
 from helpers import run_processes, tiny_inputs, tiny_model
@@ -56,7 +58,8 @@ def test_a_process_without_a_picture_does_not_stop_the_others(tmp_path, engine):
     # Without a part for every process in every step this waits for ever; the timeout is the test.
     done = run_processes(script, tmp_path / "grads.pt", engine, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(line.split()[1] for line in done.stdout.splitlines() if line.endswith("finite True")) == ["0", "1"]
+    # The lines of two processes can run into each other.
+    assert sorted(re.findall(r"rank (\d) loss [\d.]+ finite True", done.stdout)) == ["0", "1"], done.stdout
 
     model = prepare(tiny_model(), "finetune").train()
     losses = []

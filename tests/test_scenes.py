@@ -114,7 +114,10 @@ def test_the_same_seed_gives_the_same_pixels_everywhere():
     assert digest.hexdigest() == "b258abc0f89957c8afcf6b7b67f977104be55c5c9a3a317661914eb0d5db0005"
     assert Scene.random(7) == Scene.random(7) != Scene.random(8)
     words = [question for seed in range(40) for question in questions(Scene.random(seed), Chance(seed))]
-    assert hashlib.sha256(repr(words).encode()).hexdigest() == "289a7820f52add661c2a2331cf61478823fb433c59d6889640a9899df6fa7492"
+    assert (
+        hashlib.sha256(repr(words).encode()).hexdigest()
+        == "289a7820f52add661c2a2331cf61478823fb433c59d6889640a9899df6fa7492"
+    )
 
 
 def test_a_thing_is_where_and_what_the_scene_says():

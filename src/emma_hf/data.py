@@ -278,7 +278,8 @@ class ChatDataset(_Rows):
 class DataCollator:
     """Makes a batch of dataset items: padded at the right, pictures of all rows in one tensor.
 
-    The number of pictures may differ from row to row; a batch without any has no `pixel_values`.
+    The number of pictures may differ from row to row; a batch without any has no `pixel_values`. Items may hold
+    `vision_features` (pictures, N, vision width) in their place, computed once for frozen towers.
     """
 
     def __init__(self, processor: EmmaProcessor) -> None:
