@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("output", metavar="OUTPUT", help="folder of all phases")
     training.add_argument("--seed", type=int, default=0, help="of the weights and the data (default: 0)")
     training.add_argument("--smoke", action="store_true", help="a few steps of each phase")
+    training.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     training.set_defaults(run=_train_tiny)
     evaluation = parts.add_parser("evaluate", help="ask fresh questions and count the right answers")
     evaluation.add_argument("--model", default=TINY, help="folder of an emma-tiny (default: the one that ships)")
@@ -133,7 +134,8 @@ def _draw_scene(args: argparse.Namespace) -> None:
 def _train_tiny(args: argparse.Namespace) -> None:
     from .tiny_training import SMOKE, Budget, train_tiny
 
-    print(f"wrote {train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed)}", file=sys.stderr)
+    folder = train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed, args.compile)
+    print(f"wrote {folder}", file=sys.stderr)
 
 
 def _evaluate_tiny(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from .compat_emma import WARMUP_SHARE, core_of
 from .configuration_emma import EmmaConfig
 from .conversion import prompt_tokenizer
 from .crash_safety import CrashSafety, last_complete_checkpoint
-from .data import SYSTEM, DataCollator, encode_conversation
+from .data import IGNORED, SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
@@ -82,13 +82,16 @@ class Budget:
 SMOKE = Budget(clip_steps=12, clip_groups=8, pictures=64, pretrain_rows=256, finetune_rows=512, batch_size=32)
 
 
-def train_tiny(output: str | Path, budget: Budget = Budget(), seed: int = 0, **arguments: Any) -> Path:
+def train_tiny(
+    output: str | Path, budget: Budget = Budget(), seed: int = 0, compiled: bool = False, **arguments: Any
+) -> Path:
     """Train emma-tiny and save it in `output/emma-tiny`.
 
     Args:
         output: folder of the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`.
         budget: how long.
         seed: of the first weights and the data.
+        compiled: compile the language model for the second stage; it needs a C++ compiler.
         **arguments: of `TrainingArguments`, for each phase.
 
     Returns:
@@ -99,8 +102,8 @@ def train_tiny(output: str | Path, budget: Budget = Budget(), seed: int = 0, **a
     processor = _processor(output / "tokenizers")
     phases = {
         "clip": lambda: _train_clip(output / "clip", processor, budget, seed, arguments),
-        "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, arguments),
-        "finetune": lambda: _train_stage("finetune", output, processor, budget, seed, arguments),
+        "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, False, arguments),
+        "finetune": lambda: _train_stage("finetune", output, processor, budget, seed, compiled, arguments),
     }
     seconds = output / "seconds.json"
     for name, phase in phases.items():
@@ -343,6 +346,20 @@ class Rows(Dataset):
         }
 
 
+class FewLengths(DataCollator):
+    """Pads to one of two lengths, so that a compiled model is compiled twice and no more."""
+
+    lengths = (136, 192)
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(items)
+        found = batch["input_ids"].shape[1]
+        more = next((length - found for length in self.lengths if length >= found), 0)
+        for name, value in (("input_ids", self.pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, more), value=value)
+        return batch
+
+
 class Pictures(Dataset):
     """Pixels of the scenes that both stages train on."""
 
@@ -402,21 +419,28 @@ def _untrained(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForCond
     return model
 
 
-def _train_stage(stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
+def _train_stage(
+    stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, compiled: bool, more: dict
+) -> None:
     if stage == "pretrain":
         model = _untrained(output / "clip", processor, seed)
         rows, rate = budget.pretrain_rows, budget.pretrain_rate
     else:
-        model = EmmaForConditionalGeneration.from_pretrained(output / "pretrain", dtype=torch.float32)
+        # At these small sizes the plain attention is faster than the fused one.
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        model = EmmaForConditionalGeneration.from_pretrained(output / "pretrain", **options)
         rows, rate = budget.finetune_rows, budget.finetune_rate
     if torch.cuda.is_available():
         model.cuda()
     features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
+    model = prepare(model, stage)
+    if compiled:
+        model.model.language_model.compile(dynamic=False)
     trainer = InOrderEmma(
-        model=prepare(model, stage),
+        model=model,
         args=_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, more),
         train_dataset=Rows(stage, features, processor, rows, budget.batch_size, seed),
-        data_collator=DataCollator(processor),
+        data_collator=FewLengths(processor),
         processing_class=processor,
         group_by_modality=False,
         callbacks=[CrashSafety()],
