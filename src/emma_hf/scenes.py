@@ -84,10 +84,10 @@ class Scene:
     seed: int = field(default=0, compare=False)
 
     @classmethod
-    def random(cls, seed: int, held_out: bool = False) -> "Scene":
-        """The scene of that seed; with `held_out` it has at least one pair of colour and shape never trained."""
+    def random(cls, seed: int, held_out: bool = False, most: int = 6) -> "Scene":
+        """The scene of that seed, of at most so many things; with `held_out` one has a pair that is never trained."""
         chance = Chance(seed)
-        count = chance.between(1, 6)
+        count = chance.between(1, most)
         # Few colours and shapes to a picture, so that some things are alike.
         colours = chance.several(tuple(COLOURS), chance.between(min(2, count), 4))
         shapes = chance.several(SHAPES, chance.between(min(2, count), 4))
@@ -506,6 +506,19 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "side": _side,
     "same": _same,
 }
+
+
+def reshaped(scene: Scene, chance: Chance, count: int) -> list[tuple[Scene, str]]:
+    """The scene with one thing in up to so many shapes, each with its caption."""
+    place = chance.between(0, len(scene.things) - 1)
+    thing = scene.things[place]
+    shapes = [shape for shape in SHAPES if (thing.colour, shape) not in HELD_OUT_PAIRS]
+    made = []
+    for shape in chance.several(shapes, count):
+        things = (*scene.things[:place], replace(thing, shape=shape), *scene.things[place + 1 :])
+        version = replace(scene, things=things)
+        made.append((version, caption(version)))
+    return made
 
 
 def siblings(scene: Scene, chance: Chance) -> list[tuple[Scene, str]]:

@@ -37,7 +37,7 @@ from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
-from .scenes import FAMILIES, Chance, Scene, ask, caption, caption_question, draw, questions, siblings
+from .scenes import FAMILIES, Chance, Scene, ask, caption, caption_question, draw, questions, reshaped, siblings
 from .trainer import EmmaTrainer, plot_loss
 from .training import prepare
 
@@ -79,7 +79,7 @@ class Budget:
     finetune_rate: float = 1.5e-3
 
 
-SMOKE = Budget(clip_steps=12, clip_groups=8, pictures=64, pretrain_rows=256, finetune_rows=512, batch_size=32)
+SMOKE = Budget(clip_steps=60, clip_groups=8, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32)
 
 
 def train_tiny(
@@ -99,7 +99,7 @@ def train_tiny(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    processor = _processor(output / "tokenizers")
+    processor = tiny_processor(output / "tokenizers")
     phases = {
         "clip": lambda: _train_clip(output / "clip", processor, budget, seed, arguments),
         "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, False, arguments),
@@ -130,7 +130,7 @@ def _texts(count: int) -> Iterator[tuple[str, str]]:
                 yield question.text, question.answer
 
 
-def _processor(folder: Path) -> EmmaProcessor:
+def tiny_processor(folder: Path) -> EmmaProcessor:
     """The processor with tokenizers of its own, learned from the scenes' words."""
     if (folder / "processor_config.json").is_file():
         return EmmaProcessor.from_pretrained(folder)
@@ -191,10 +191,11 @@ def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
 
 
 class Captioned(Dataset):
-    """Groups of scenes, and a caption of some things of each.
+    """Groups of scenes, and a caption of some things of each: a curriculum in three parts.
 
-    In the first half of the groups the scenes have nothing to do with each other; without these the loss never leaves
-    its plateau. Then they are siblings, which only their details tell apart.
+    At first scenes of a thing or two that have nothing to do with each other; without these the loss never leaves its
+    plateau. Their colours, sizes and places tell them apart, so that nothing is learned of shapes: next come scenes of
+    a thing or two in several shapes. Last are siblings of any kind.
     """
 
     def __init__(self, groups: int, processor: EmmaProcessor, seed: int) -> None:
@@ -206,13 +207,14 @@ class Captioned(Dataset):
     def pairs(self, index: int) -> list[tuple[Scene, str]]:
         """The scenes of a group and their captions."""
         seed = self.seed + GROUP * index
-        if index >= self.groups // 2:
-            return siblings(Scene.random(seed), Chance(seed))
+        chance, part = Chance(seed), index / self.groups
+        if part >= 0.6:
+            return siblings(Scene.random(seed), chance)
+        if part >= 0.2:
+            return reshaped(Scene.random(seed, most=2), chance, GROUP)
         pairs = []
-        for scene in map(Scene.random, range(seed, seed + GROUP)):
-            chance = Chance(scene.seed)
-            some = sorted(chance.several(range(len(scene.things)), min(3, len(scene.things))))
-            pairs.append((scene, caption(scene, [scene.things[place] for place in some])))
+        for scene in (Scene.random(seed + place, most=2) for place in range(GROUP)):
+            pairs.append((scene, caption(scene)))
         return pairs
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -273,15 +275,22 @@ def _run(trainer: Trainer, folder: Path) -> None:
     plot_loss(trainer.state.log_history, folder / "loss.png")
 
 
-def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
+def clip_model(processor: EmmaProcessor, seed: int) -> CLIPModel:
+    """The small CLIP, at random."""
     set_seed(seed)
     tokenizer = processor.instruction_tokenizer
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     text = CLIPTextConfig(**INSTRUCTION, vocab_size=len(tokenizer), max_position_embeddings=77, **ids)
     vision = CLIPVisionConfig(**VISION, image_size=SIDE, patch_size=PATCH)
-    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
+    # At these small sizes the plain attention is faster than the fused one.
+    config._attn_implementation = "eager"
+    return CLIPModel(config)
+
+
+def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
     trainer = InOrder(
-        model=model,
+        model=clip_model(processor, seed),
         args=_arguments(
             folder, budget.clip_steps, budget.clip_groups, budget.clip_rate, seed, {WARMUP_SHARE: 0.1, **more}
         ),
@@ -395,7 +404,7 @@ def vision_features(
     return np.memmap(path, np.float16, "r", shape=shape)
 
 
-def _untrained(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForConditionalGeneration:
+def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForConditionalGeneration:
     """EMMA around the towers of a CLIP, its language model at random."""
     set_seed(seed)
     clip = CLIPModel.from_pretrained(folder)
@@ -423,7 +432,7 @@ def _train_stage(
     stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, compiled: bool, more: dict
 ) -> None:
     if stage == "pretrain":
-        model = _untrained(output / "clip", processor, seed)
+        model = untrained_tiny(output / "clip", processor, seed)
         rows, rate = budget.pretrain_rows, budget.pretrain_rate
     else:
         # At these small sizes the plain attention is faster than the fused one.
@@ -448,4 +457,4 @@ def _train_stage(
     _run(trainer, output / stage)
 
 
-__all__ = ["SMOKE", "Budget", "train_tiny", "vision_features"]
+__all__ = ["SMOKE", "Budget", "tiny_processor", "train_tiny", "untrained_tiny", "vision_features"]

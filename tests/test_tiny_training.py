@@ -1,0 +1,146 @@
+"""emma-tiny's training from nothing, in small."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel
+
+from emma_hf import EmmaForConditionalGeneration
+from emma_hf.cli import main
+from emma_hf.data import DataCollator
+from emma_hf.instruction_emma import encode_instruction
+from emma_hf.scenes import ENDING, SHAPES, Scene, caption, draw
+from emma_hf.tiny_training import (
+    CAPTION_EVERY,
+    SMOKE,
+    TRAIN_SEEDS,
+    Captioned,
+    Rows,
+    clip_model,
+    collate_groups,
+    tiny_processor,
+    train_tiny,
+    untrained_tiny,
+    vision_features,
+)
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The processor with the tokenizers that the scenes teach, and EMMA around towers at random."""
+    folder = tmp_path_factory.mktemp("tiny")
+    processor = tiny_processor(folder / "tokenizers")
+    clip_model(processor, seed=0).save_pretrained(folder / "clip")
+    return processor, untrained_tiny(folder / "clip", processor, seed=0).eval()
+
+
+def losses(folder) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_every_phase_learns_and_none_is_done_twice(tmp_path):
+    folder = train_tiny(tmp_path, SMOKE, disable_tqdm=True)
+    for phase in ("clip", "pretrain", "finetune"):
+        seen = losses(tmp_path / phase)
+        assert np.mean(seen[-2:]) < 0.97 * seen[0], (phase, seen)
+        assert (tmp_path / phase / "loss.png").is_file()
+    model = EmmaForConditionalGeneration.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12_000_000
+    # The towers are CLIP's, unmoved.
+    clip = CLIPModel.from_pretrained(tmp_path / "clip")
+    ours = dict(model.named_parameters())
+    for name, weight in clip.named_parameters():
+        tower, _, rest = name.partition(".")
+        if tower in ("vision_model", "text_model"):
+            module = "vision_tower" if tower == "vision_model" else "instruction_encoder"
+            (found,) = [key for key in ours if key.startswith(f"model.{module}.") and key.endswith(f".{rest}")]
+            assert torch.equal(ours[found], weight.bfloat16()), name
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/model.safetensors") if path.parent != folder}
+    train_tiny(tmp_path, SMOKE)
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_the_tokenizers_know_the_words_of_the_world(untrained):
+    processor, model = untrained
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index == 600
+    question = "How many red circles are there?" + ENDING
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert re.fullmatch(r"<s>A chat between .* USER: <image>\nHow .* ASSISTANT:", prompt, re.DOTALL)
+    ids = processor(images=draw(Scene.random(0)), text=prompt)["input_ids"][0]
+    assert ids.count(600) == 64 and len(ids) < 136
+    text = "A small red star, the 3 hearts? Yes."
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    instruction = encode_instruction(processor.instruction_tokenizer, "What colour is the star?")
+    assert processor.instruction_tokenizer.convert_ids_to_tokens(instruction)[:7] == [
+        "<start_of_text>", "what</w>", "colour</w>", "is</w>", "the</w>", "star</w>", "?</w>",
+    ]  # fmt: skip
+    # Sizes that 4-bit loading can pack.
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
+
+
+def test_captions_and_scenes_of_contrastive_learning(untrained):
+    processor, _ = untrained
+    dataset = Captioned(8, processor, seed=0)
+    apart, shapes, alike = dataset.pairs(0), dataset.pairs(3), dataset.pairs(7)
+    assert len({scene.seed for scene, _ in shapes}) == 1 and len(shapes) == 4
+    assert len({re.sub("|".join(SHAPES), "", text) for _, text in shapes}) == 1
+    assert len({scene.seed for scene, _ in apart}) == 4
+    assert len({scene.seed for scene, _ in alike}) == 1 and 2 <= len(alike) <= 4
+    # Siblings differ, in the picture and in the words.
+    assert len({text for _, text in alike}) == len(alike)
+    assert len({draw(scene).tobytes() for scene, _ in alike}) == len(alike)
+    batch = collate_groups([dataset[0], dataset[7]])
+    ids = [encode_instruction(processor.instruction_tokenizer, text) for _, text in apart + alike]
+    longest = max(sum(token != 0 for token in row) for row in ids)
+    assert torch.equal(batch["input_ids"], torch.tensor(ids)[:, :longest])
+    assert batch["pixel_values"].shape == (len(ids), 3, 112, 112) and batch["return_loss"] is True
+
+
+def test_rows_of_both_stages(untrained, tmp_path):
+    processor, model = untrained
+    features = vision_features(model, processor, 5, tmp_path / "features")
+    for index in (0, 4):
+        picture = draw(Scene.random(TRAIN_SEEDS + index))
+        pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        expected = model.get_vision_features(pixels)[0]
+        assert np.abs(features[index] - expected.detach().numpy()).max() < 5e-3 * expected.abs().max()
+    # A file of another size was cut off and is made anew.
+    (tmp_path / "cut").write_bytes(b"half")
+    assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
+
+    rows = Rows("finetune", features, processor, 40, batch_size=2, seed=0)
+    for index in range(len(rows)):
+        scene = Scene.random(TRAIN_SEEDS + index % 5)
+        item, (question, answer) = rows[index], rows.words(index)
+        assert torch.equal(item["vision_features"][0], torch.from_numpy(features[index % 5]).float())
+        learned = item["labels"][item["labels"] != -100]
+        assert processor.tokenizer.decode(learned) == f"{answer}</s>"
+        assert question in processor.tokenizer.decode(item["input_ids"])
+        if index // 2 % CAPTION_EVERY == 0:
+            assert answer == caption(scene)
+    plain = Rows("pretrain", features, processor, 2, batch_size=2, seed=0)
+    assert plain.words(1) == ("", caption(Scene.random(TRAIN_SEEDS + 1)))
+    batch = DataCollator(processor)([plain[0], plain[1]])
+    assert batch["vision_features"].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["draw", "x.png", "--side", "2"], "`--side` must be at least 16 pixels: got 2."),
+        (["evaluate", "--model", "m", "--questions", "0"], "`--questions` must be at least 1"),
+        (["draw", "no/such/folder/x.png"], "no/such/folder"),
+    ],
+)
+def test_mistakes_are_told(arguments, message, capsys):
+    assert main(["tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
