@@ -483,17 +483,16 @@ def _side(scene: Scene, chance: Chance) -> Made:
 
 
 def _same(scene: Scene, chance: Chance) -> Made:
-    name = chance.one(("colour", "shape", "size"))
-    wanted = chance.maybe()
-    for _ in range(8):
+    # Asked only where both answers can be had: more scenes have things that differ than things that are alike.
+    made: dict[bool, Made] = {}
+    for _ in range(12):
+        name = chance.one(("colour", "shape", "size"))
         found = _two(scene, chance, name)
-        if found is None:
-            return None
-        (a, first), (b, second) = found
-        same = getattr(first, name) == getattr(second, name)
-        if same == wanted:
-            return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
-    return None
+        if found is not None:
+            (a, first), (b, second) = found
+            same = getattr(first, name) == getattr(second, name)
+            made[same] = {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+    return made[chance.maybe()] if len(made) == 2 else None
 
 
 _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {

@@ -79,7 +79,9 @@ class Budget:
     finetune_rate: float = 1.5e-3
 
 
-SMOKE = Budget(clip_steps=60, clip_groups=8, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32)
+SMOKE = Budget(
+    clip_steps=150, clip_groups=8, clip_rate=2e-3, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32
+)
 
 
 def train_tiny(
