@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.crash_safety import CrashSafety, last_complete_checkpoint
 from emma_hf.data import ConversationDataset, DataCollator
-from emma_hf.trainer import EmmaTrainer, SampleAnswers, plot_loss
+from emma_hf.trainer import EmmaTrainer, SampleAnswers, figure_class, plot_loss
 from emma_hf.training import NOT_QUANTIZED, STAGES, prepare, stage_of
 
 
@@ -51,6 +51,7 @@ class ScriptArguments:
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, save, and draw the loss."""
     script, args = parse(sys.argv[1:] if argv is None else argv)
+    figure_class()
     set_seed(args.seed)
     processor = EmmaProcessor.from_pretrained(script.model)
     template = STAGES[script.stage].template

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import peft
@@ -118,6 +119,15 @@ def test_mistakes_are_told_in_a_line(train, capsys, stage, more, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("emma-hf: ")
     assert re.search(message.replace("(", r"\(").replace(")", r"\)"), error), error
+
+
+def test_what_is_not_installed_is_told_before_training(train, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train("finetune", *options(1, 1e-4)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'emma-hf: Plots need matplotlib: install it with `pip install "emma-hf[train]"`.'
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_the_result_can_be_pushed(train, monkeypatch):

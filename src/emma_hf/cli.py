@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         args.run(args)
-    except (ValueError, OSError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, HFValidationError, HfHubHTTPError) as error:
         print(f"emma-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

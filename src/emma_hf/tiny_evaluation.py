@@ -13,6 +13,7 @@ from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
 from .tiny_training import TEST_SEEDS
+from .trainer import figure_class
 
 # Questions of one evaluation have seeds of their own, up to so many.
 MOST_QUESTIONS = 10_000_000
@@ -86,6 +87,8 @@ def evaluate_tiny(
         `accuracy`, `yes_no` and `captions`: figures by name. A share is `{"right", "of", "share", "low", "high"}`, the
         last two its 95% interval.
     """
+    if output is not None:
+        figure_class()
     processor = EmmaProcessor.from_pretrained(model)
     loaded = EmmaForConditionalGeneration.from_pretrained(model, **load).eval()
     asked = fresh_questions(questions, seed)
@@ -200,12 +203,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('The picture needs matplotlib: install it with `pip install "emma-hf[train]"`.') from error
     figures = {name: row for name, row in result["accuracy"].items() if row["of"]}
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = figure_class()(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(figures))
     shares = [100 * row["share"] for row in figures.values()]

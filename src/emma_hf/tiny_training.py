@@ -38,7 +38,7 @@ from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 from .scenes import FAMILIES, Chance, Scene, ask, caption, caption_question, draw, questions, reshaped, siblings
-from .trainer import EmmaTrainer, plot_loss
+from .trainer import EmmaTrainer, figure_class, plot_loss
 from .training import prepare
 
 SIDE, PATCH = 112, 14
@@ -99,6 +99,7 @@ def train_tiny(
     Returns:
         The folder of the model.
     """
+    figure_class()
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     processor = tiny_processor(output / "tokenizers")

@@ -182,6 +182,19 @@ class SampleAnswers(TrainerCallback):
         return {"expected": texts[0], "answer": texts[1]}
 
 
+def figure_class() -> Any:
+    """matplotlib's `Figure`; what draws at its end asks for it at its beginning.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: install it with `pip install "emma-hf[train]"`.') from error
+    return Figure
+
+
 def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
     """Draw training and evaluation loss over the steps.
 
@@ -193,11 +206,7 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: no loss in the history.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('The loss plot needs matplotlib: install it with `pip install "emma-hf[train]"`.') from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
         points = [(entry["step"], entry[name]) for entry in log_history if math.isfinite(entry.get(name, math.nan))]
