@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 from helpers import run_processes, tiny_inputs, tiny_model
+from safetensors import safe_open
 
+from emma_hf.compat_emma import TRANSFORMERS_5
 from emma_hf.training import prepare
 
 STEP = """
@@ -97,3 +99,37 @@ def test_what_is_not_seen_changes_no_bit(monkeypatch):
     together.sum().backward()
     for parameter in model.model.modality_adaptation.parameters():
         assert parameter.grad is not None and not parameter.grad.any()
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 keeps no rules of renaming")
+def test_rules_that_renamed_nothing_are_not_undone_on_saving(tmp_path):
+    from transformers.core_model_loading import WeightRenaming
+
+    # What ZeRO-3 leaves behind on loading: undone, it would put another `model.` into the names.
+    model = tiny_model()
+    expected = set(model.state_dict())
+    model._weight_conversions = [WeightRenaming(r"^model\.language_model\.model", "model.language_model")]
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {name for name in expected if "language_model" in name} <= names
+
+
+def test_no_weight_is_looked_at_before_its_module_runs(monkeypatch):
+    # Under ZeRO-3 a look gathers the weight, and the processes that have a picture do not look there.
+    model = prepare(tiny_model(), "finetune").train()
+    monkeypatch.setattr("emma_hf.modeling_emma.steps_together", lambda model: True)
+    projector = model.model.multi_modal_projector
+    running, early = [False], []
+    projector.register_forward_pre_hook(lambda *args: running.__setitem__(0, True))
+    look, linear = torch.nn.Module.__getattr__, projector.linear_1
+
+    def watched(module, name):
+        if module is linear and name in ("weight", "bias") and not running[0]:
+            early.append(name)
+        return look(module, name)
+
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", watched)
+    inputs = tiny_inputs(model, images=(0,), words=20)
+    model(**inputs, labels=inputs["input_ids"])
+    assert running == [True] and not early
