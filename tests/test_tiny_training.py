@@ -1,6 +1,7 @@
 """emma-tiny's training from nothing, in small."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from emma_hf.instruction_emma import encode_instruction
 from emma_hf.scenes import ENDING, SHAPES, Scene, caption, draw
 from emma_hf.tiny_training import (
     CAPTION_EVERY,
+    CAPTION_EVERY_AT_FIRST,
     SMOKE,
     TRAIN_SEEDS,
     Captioned,
@@ -89,20 +91,40 @@ def test_the_tokenizers_know_the_words_of_the_world(untrained):
 
 def test_captions_and_scenes_of_contrastive_learning(untrained):
     processor, _ = untrained
-    dataset = Captioned(8, processor, seed=0)
-    apart, shapes, alike = dataset.pairs(0), dataset.pairs(3), dataset.pairs(7)
-    assert len({scene.seed for scene, _ in shapes}) == 1 and len(shapes) == 4
-    assert len({re.sub("|".join(SHAPES), "", text) for _, text in shapes}) == 1
-    assert len({scene.seed for scene, _ in apart}) == 4
-    assert len({scene.seed for scene, _ in alike}) == 1 and 2 <= len(alike) <= 4
-    # Siblings differ, in the picture and in the words.
-    assert len({text for _, text in alike}) == len(alike)
-    assert len({draw(scene).tobytes() for scene, _ in alike}) == len(alike)
-    batch = collate_groups([dataset[0], dataset[7]])
-    ids = [encode_instruction(processor.instruction_tokenizer, text) for _, text in apart + alike]
+    dataset = Captioned(40, processor, seed=0)
+    close, one, two = dataset.pairs(0), dataset.pairs(12), dataset.pairs(20)
+    assert len({scene.seed for scene, _ in close}) == 4
+    for scene, text in close:
+        (thing,) = scene.things
+        assert (thing.style, thing.size, scene.background, scene.noise) == ("filled", "large", "plain", 0)
+        assert text == f"A {thing.colour} {thing.shape}."
+    for shapes, most in ((one, 1), (two, 2)):
+        assert len({scene.seed for scene, _ in shapes}) == 1 and len(shapes) == 4
+        assert max(len(scene.things) for scene, _ in shapes) <= most
+        assert len({re.sub("|".join(SHAPES), "", text) for _, text in shapes}) == 1
+    assert any(len(scene.things) == 6 for index in range(24, 40) for scene, _ in dataset.pairs(index))
+    for index in range(24, 40):
+        alike = dataset.pairs(index)
+        assert len({scene.seed for scene, _ in alike}) == 1 and 2 <= len(alike) <= 4
+        # They differ, in the picture and in the words.
+        assert len({text for _, text in alike}) == len(alike)
+        assert len({draw(scene).tobytes() for scene, _ in alike}) == len(alike)
+    batch = collate_groups([dataset[0], dataset[39]])
+    ids = [encode_instruction(processor.instruction_tokenizer, text) for _, text in close + alike]
     longest = max(sum(token != 0 for token in row) for row in ids)
     assert torch.equal(batch["input_ids"], torch.tensor(ids)[:, :longest])
     assert batch["pixel_values"].shape == (len(ids), 3, 112, 112) and batch["return_loss"] is True
+
+
+def test_clip_knows_places_from_the_start(untrained):
+    processor, _ = untrained
+    places = clip_model(processor, seed=0).vision_model
+    places = getattr(places, "vision_model", places).embeddings.position_embedding.weight[1:].reshape(8, 8, 128)
+    # Row and column by hand: the first quarter is the sine of pi times the row, the next its cosine.
+    assert torch.allclose(places[3, 5, 32], torch.tensor(0.5 * math.cos(3 * math.pi)), atol=1e-5)
+    assert torch.allclose(places[3, 5, 33], torch.tensor(0.5 * math.cos(3 * math.pi * 16 ** (-1 / 32))), atol=1e-5)
+    assert torch.allclose(places[3, 5, 97], torch.tensor(0.5 * math.cos(5 * math.pi * 16 ** (-1 / 32))), atol=1e-5)
+    assert places.reshape(64, 128).unique(dim=0).shape[0] == 64
 
 
 def test_rows_of_both_stages(untrained, tmp_path):
@@ -125,8 +147,11 @@ def test_rows_of_both_stages(untrained, tmp_path):
         learned = item["labels"][item["labels"] != -100]
         assert processor.tokenizer.decode(learned) == f"{answer}</s>"
         assert question in processor.tokenizer.decode(item["input_ids"])
-        if index // 2 % CAPTION_EVERY == 0:
+        # More captions in the first fifth.
+        if index // 2 % (CAPTION_EVERY_AT_FIRST if index < 8 else CAPTION_EVERY) == 0:
             assert answer == caption(scene)
+        else:
+            assert len(answer.split()) == 1
     plain = Rows("pretrain", features, processor, 2, batch_size=2, seed=0)
     assert plain.words(1) == ("", caption(Scene.random(TRAIN_SEEDS + 1)))
     batch = DataCollator(processor)([plain[0], plain[1]])

@@ -25,7 +25,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 # Radius of the circle around a shape, as a share of the picture's side.
-SIZES = {"small": 0.065, "medium": 0.105, "large": 0.155}
+SIZES = {"small": 0.09, "medium": 0.14, "large": 0.2}
 STYLES = ("filled", "edged", "outlined")
 BACKGROUNDS = ("plain", "gradient", "stripes", "dots")
 # Greys and pale tints between the colours of the things.
@@ -507,8 +507,24 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
 }
 
 
+def close_up(scene: Scene) -> Scene:
+    """The scene with its things large, filled and on plain paper."""
+    radius = SIZES["large"]
+    things = [
+        replace(
+            thing,
+            size="large",
+            style="filled",
+            radius=radius,
+            **{axis: min(max(getattr(thing, axis), radius + 0.01), 0.99 - radius) for axis in ("x", "y")},
+        )
+        for thing in scene.things
+    ]
+    return replace(scene, things=tuple(things), background="plain", noise=0)
+
+
 def reshaped(scene: Scene, chance: Chance, count: int) -> list[tuple[Scene, str]]:
-    """The scene with one thing in up to so many shapes, each with its caption."""
+    """The scene with one thing in so many shapes, each with its caption."""
     place = chance.between(0, len(scene.things) - 1)
     thing = scene.things[place]
     shapes = [shape for shape in SHAPES if (thing.colour, shape) not in HELD_OUT_PAIRS]
@@ -521,7 +537,7 @@ def reshaped(scene: Scene, chance: Chance, count: int) -> list[tuple[Scene, str]
 
 
 def siblings(scene: Scene, chance: Chance) -> list[tuple[Scene, str]]:
-    """The scene and others that differ from it in one respect, each with a caption of what differs.
+    """The scene and up to three others that differ from it in one respect, each with a caption of what differs.
 
     Contrastive learning needs them: without, the colours of a picture alone would tell it from the others.
     """

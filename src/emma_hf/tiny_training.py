@@ -6,6 +6,7 @@ has one; a phase that was killed goes on from its last complete checkpoint.
 
 import gzip
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -37,7 +38,19 @@ from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
-from .scenes import FAMILIES, Chance, Scene, ask, caption, caption_question, draw, questions, reshaped, siblings
+from .scenes import (
+    FAMILIES,
+    Chance,
+    Scene,
+    ask,
+    caption,
+    caption_question,
+    close_up,
+    draw,
+    questions,
+    reshaped,
+    siblings,
+)
 from .trainer import EmmaTrainer, figure_class, plot_loss
 from .training import prepare
 
@@ -53,8 +66,8 @@ CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_00
 GROUP = 4
 # Families that need more rows than the others come twice.
 TRAINED_FAMILIES = (*FAMILIES, "count", "position", "same")
-# One batch in so many of the second stage is captions.
-CAPTION_EVERY = 8
+# One batch in so many of the second stage is captions: they say everything at once, which is most worth at first.
+CAPTION_EVERY_AT_FIRST, CAPTION_EVERY = 2, 8
 
 
 @dataclass(frozen=True)
@@ -68,13 +81,13 @@ class Budget:
         batch_size: rows in a step of the stages.
     """
 
-    clip_steps: int = 800
-    clip_groups: int = 56
+    clip_steps: int = 16_000
+    clip_groups: int = 8
     pictures: int = 50_000
     pretrain_rows: int = 12_800
     finetune_rows: int = 320_000
-    batch_size: int = 128
-    clip_rate: float = 1e-3
+    batch_size: int = 64
+    clip_rate: float = 6e-4
     pretrain_rate: float = 1e-3
     finetune_rate: float = 1.5e-3
 
@@ -194,11 +207,11 @@ def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
 
 
 class Captioned(Dataset):
-    """Groups of scenes, and a caption of some things of each: a curriculum in three parts.
+    """Groups of scenes, and a caption of some things of each: a curriculum.
 
-    At first scenes of a thing or two that have nothing to do with each other; without these the loss never leaves its
-    plateau. Their colours, sizes and places tell them apart, so that nothing is learned of shapes: next come scenes of
-    a thing or two in several shapes. Last are siblings of any kind.
+    Random scenes are told apart by their colours and places, so that nothing is learned of shapes. Close-ups of one
+    thing, of which only colour and shape are said, teach these first; then come scenes of one thing and of two, alike
+    but for a shape; last are siblings of any kind.
     """
 
     def __init__(self, groups: int, processor: EmmaProcessor, seed: int) -> None:
@@ -211,19 +224,17 @@ class Captioned(Dataset):
         """The scenes of a group and their captions."""
         seed = self.seed + GROUP * index
         chance, part = Chance(seed), index / self.groups
-        if part >= 0.6:
-            return siblings(Scene.random(seed), chance)
-        if part >= 0.2:
-            return reshaped(Scene.random(seed, most=2), chance, GROUP)
-        pairs = []
-        for scene in (Scene.random(seed + place, most=2) for place in range(GROUP)):
-            pairs.append((scene, caption(scene)))
-        return pairs
+        if part < 0.1:
+            scenes = [close_up(Scene.random(seed + place, most=1)) for place in range(GROUP)]
+            return [(scene, "A {} {}.".format(*scene.things[0].pair)) for scene in scenes]
+        if part < 0.6:
+            return reshaped(Scene.random(seed, most=1 if part < 0.35 else 2), chance, GROUP)
+        return siblings(Scene.random(seed), chance) if chance.maybe() else reshaped(Scene.random(seed), chance, GROUP)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pairs = self.pairs(index)
         tokenizer = self.processor.instruction_tokenizer
-        pictures = [draw(scene) for scene, _ in pairs]
+        pictures = [draw(scene, SIDE) for scene, _ in pairs]
         return {
             "pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"],
             "input_ids": torch.tensor([encode_instruction(tokenizer, text) for _, text in pairs]),
@@ -256,9 +267,9 @@ def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int
         "lr_scheduler_type": "cosine",
         WARMUP_SHARE: 0.03,
         "weight_decay": 0.01,
-        "logging_steps": max(1, min(20, steps // 6)),
+        "logging_steps": max(1, min(50, steps // 6)),
         "logging_first_step": True,
-        "save_steps": max(1, min(200, steps // 3)),
+        "save_steps": max(1, min(500, steps // 3)),
         "save_total_limit": 1,
         "seed": seed,
         "report_to": "none",
@@ -288,14 +299,28 @@ def clip_model(processor: EmmaProcessor, seed: int) -> CLIPModel:
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
     # At these small sizes the plain attention is faster than the fused one.
     config._attn_implementation = "eager"
-    return CLIPModel(config)
+    model = CLIPModel(config)
+    # A random place is too small beside a patch: it took thousands of pictures to learn where things are.
+    places = core_of(model.vision_model).embeddings.position_embedding.weight
+    with torch.no_grad():
+        places[1:] = 0.5 * _waves(SIDE // PATCH, VISION["hidden_size"])
+    return model
+
+
+def _waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column, (side², width)."""
+    frequencies = math.pi * (2.0 * side) ** -(torch.arange(width // 4) * 4 / width)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    turns = [(place.reshape(-1, 1) * frequencies) for place in (row, column)]
+    return torch.cat([wave(turn) for turn in turns for wave in (torch.sin, torch.cos)], dim=1)
 
 
 def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: int, more: dict) -> None:
     trainer = InOrder(
         model=clip_model(processor, seed),
+        # As OpenAI's CLIP was trained (arXiv 2103.00020, table 18).
         args=_arguments(
-            folder, budget.clip_steps, budget.clip_groups, budget.clip_rate, seed, {WARMUP_SHARE: 0.1, **more}
+            folder, budget.clip_steps, budget.clip_groups, budget.clip_rate, seed, {"adam_beta2": 0.98, **more}
         ),
         train_dataset=Captioned(budget.clip_steps * budget.clip_groups, processor, seed),
         data_collator=collate_groups,
@@ -334,7 +359,8 @@ class Rows(Dataset):
         chance = Chance((self.seed << 40) + index)
         if self.stage == "pretrain":
             return "", caption(scene)
-        if index // self.batch_size % CAPTION_EVERY == 0:
+        every = CAPTION_EVERY_AT_FIRST if index < self.rows / 5 else CAPTION_EVERY
+        if index // self.batch_size % every == 0:
             return caption_question(chance), caption(scene)
         while True:
             question = ask(scene, chance, chance.one(TRAINED_FAMILIES))
