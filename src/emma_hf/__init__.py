@@ -1,5 +1,7 @@
 """EMMA (Efficient Multi-Modal Adaptation, arXiv 2410.02080) for Transformers 4.57 and 5."""
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_emma import EmmaConfig
@@ -14,6 +16,8 @@ except ImportError:
     AutoModelForVision2Seq = AutoModelForImageTextToText
 
 __version__ = "0.1.0"
+# Folder of the trained model that ships with the package: it answers questions about the pictures of `emma_hf.scenes`.
+EMMA_TINY = Path(__file__).parent / "emma-tiny"
 
 AutoConfig.register(EmmaConfig.model_type, EmmaConfig)
 AutoModel.register(EmmaConfig, EmmaModel)
@@ -24,6 +28,7 @@ AutoProcessor.register(EmmaConfig, EmmaProcessor)
 AutoImageProcessor.register(EmmaConfig, slow_image_processor_class=EmmaImageProcessor)
 
 __all__ = [
+    "EMMA_TINY",
     "AutoModelForVision2Seq",
     "EmmaConfig",
     "EmmaForConditionalGeneration",

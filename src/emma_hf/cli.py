@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import EMMA_TINY
+
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
 
 
@@ -73,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     training.set_defaults(run=_train_tiny)
     evaluation = parts.add_parser("evaluate", help="ask fresh questions and count the right answers")
-    evaluation.add_argument("--model", required=True, help="folder of an emma-tiny")
+    evaluation.add_argument(
+        "--model", default=str(EMMA_TINY), help="folder of an emma-tiny (default: the one that ships)"
+    )
     evaluation.add_argument("--questions", type=int, default=5000, help="how many (default: 5000)")
     evaluation.add_argument("--captions", type=int, default=500, help="how many (default: 500)")
     evaluation.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
@@ -88,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hub id of a converted model")
+    parser.add_argument(
+        "--model", default=str(EMMA_TINY), help="folder or Hub id (default: emma-tiny, which knows drawn shapes)"
+    )
     parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
     parser.add_argument("--dtype", default="auto", help="dtype of the computation (default: as stored)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")

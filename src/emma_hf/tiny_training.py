@@ -85,11 +85,11 @@ class Budget:
     clip_groups: int = 8
     pictures: int = 50_000
     pretrain_rows: int = 12_800
-    finetune_rows: int = 320_000
+    finetune_rows: int = 256_000
     batch_size: int = 64
     clip_rate: float = 6e-4
     pretrain_rate: float = 1e-3
-    finetune_rate: float = 1.5e-3
+    finetune_rate: float = 1e-3
 
 
 SMOKE = Budget(
@@ -282,11 +282,11 @@ def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int
     return TrainingArguments(output_dir=str(folder), **{**values, **more})
 
 
-def _run(trainer: Trainer, folder: Path) -> None:
+def _run(trainer: Trainer, folder: Path, unit: str) -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     trainer.save_model()
     trainer.save_state()
-    plot_loss(trainer.state.log_history, folder / "loss.png")
+    plot_loss(trainer.state.log_history, folder / "loss.png", unit)
 
 
 def clip_model(processor: EmmaProcessor, seed: int) -> CLIPModel:
@@ -326,7 +326,7 @@ def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: in
         data_collator=collate_groups,
         callbacks=[CrashSafety()],
     )
-    _run(trainer, folder)
+    _run(trainer, folder, "nats per picture")
 
 
 # EMMA
@@ -483,7 +483,7 @@ def _train_stage(
         group_by_modality=False,
         callbacks=[CrashSafety()],
     )
-    _run(trainer, output / stage)
+    _run(trainer, output / stage, "nats per token")
 
 
 __all__ = ["SMOKE", "Budget", "tiny_processor", "train_tiny", "untrained_tiny", "vision_features"]

@@ -195,12 +195,13 @@ def figure_class() -> Any:
     return Figure
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
+def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "nats per token") -> None:
     """Draw training and evaluation loss over the steps.
 
     Args:
         log_history: of `trainer.state`.
         path: of the picture; its ending decides the format.
+        unit: of the loss.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -214,7 +215,7 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
             axes.plot(*zip(*points), style, label=label, markersize=4)
     if not axes.lines:
         raise ValueError("There is no loss to draw: the history holds none. Log at least once (`logging_steps`).")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -1,0 +1,42 @@
+"""Draw what emma-tiny answers to the first fresh question of each family, right or wrong.
+
+python examples/emma-tiny/figure.py docs/emma-tiny.png
+"""
+
+import argparse
+import textwrap
+
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.scenes import FAMILIES, draw
+from emma_hf.tiny_evaluation import answers, fresh_questions, is_right
+from emma_hf.trainer import figure_class
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", help="picture to write")
+    parser.add_argument("--model", default=str(EMMA_TINY), help="folder of an emma-tiny (default: the one that ships)")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
+    args = parser.parse_args(argv)
+
+    model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype="auto").eval()
+    asked = fresh_questions(len(FAMILIES), args.seed)
+    said = answers(model, EmmaProcessor.from_pretrained(args.model), [(scene, each.text) for scene, each in asked])
+
+    figure = figure_class()(figsize=(11, 6.6), layout="constrained")
+    for axes, (scene, question), text in zip(figure.subplots(2, len(FAMILIES) // 2).flat, asked, said):
+        axes.imshow(draw(scene, 336))
+        axes.set_axis_off()
+        words = question.text.splitlines()[0]
+        right = is_right(text, question.answer)
+        shown = text if right else f"{text} (it is: {question.answer})"
+        axes.set_title("\n".join(textwrap.wrap(words, 34)), fontsize=9)
+        axes.text(
+            0.5, -0.02, shown, transform=axes.transAxes, ha="center", va="top", fontsize=11, weight="bold",
+            color="#1c6b2f" if right else "#a02020",
+        )  # fmt: skip
+    figure.savefig(args.output, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
