@@ -143,7 +143,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
     for index in range(len(rows)):
         scene = Scene.random(TRAIN_SEEDS + index % 5)
         item, (question, answer) = rows[index], rows.words(index)
-        assert torch.equal(item["vision_features"][0], torch.from_numpy(features[index % 5]).float())
+        assert torch.equal(item["vision_features"][0], torch.from_numpy(features[index % 5].astype(np.float32)))
         learned = item["labels"][item["labels"] != -100]
         assert processor.tokenizer.decode(learned) == f"{answer}</s>"
         assert question in processor.tokenizer.decode(item["input_ids"])
