@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from emma_hf.scenes import (
     CAPTION_WORDINGS,
     COLOURS,
     ENDING,
+    EXERCISES,
     FAMILIES,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -58,6 +60,15 @@ def matches(scene: Scene, words: str) -> list:
     return [thing for thing in scene.things if wanted <= attributes(thing).items()]
 
 
+def nine_parts(thing) -> str:
+    """Where a thing is that is not near the lines between the parts."""
+    for centre in (thing.x, thing.y):
+        assert min(abs(3 * centre - edge) for edge in (1, 2)) > 0.09
+    row = "top" if 3 * thing.y < 1 else "bottom" if 3 * thing.y > 2 else ""
+    column = "left" if 3 * thing.x < 1 else "right" if 3 * thing.x > 2 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
 def true_answer(scene: Scene, family: str, text: str) -> str:
     """The answer, read from the words alone."""
     text = text.removesuffix(ENDING)
@@ -77,7 +88,13 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
     (first,) = matches(scene, words["a"])
     if family in ("colour", "shape", "size"):
         return getattr(first, family).capitalize()
+    if family == "place":
+        return nine_parts(first).capitalize()
     (second,) = matches(scene, words["b"])
+    if family == "places":
+        return f"{nine_parts(first)} and {nine_parts(second)}".capitalize()
+    if family == "both":
+        return f"{getattr(first, words['k'])} and {getattr(second, words['k'])}".capitalize()
     if family == "same":
         return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) else "No"
     holds = {
@@ -98,11 +115,12 @@ def test_every_answer_is_true(held_out, held_out_wording):
     asked = Counter()
     for seed in SEEDS:
         scene = Scene.random(seed, held_out)
-        for question in questions(scene, Chance(seed), held_out_wording):
+        exercises = (ask(scene, Chance(seed), family, held_out_wording) for family in EXERCISES)
+        for question in [*questions(scene, Chance(seed), held_out_wording), *filter(None, exercises)]:
             assert question.answer == true_answer(scene, question.family, question.text), question
             assert question.held_out_wording == held_out_wording
             asked[question.family] += 1
-    assert set(asked) == set(FAMILIES) and min(asked.values()) > 200, asked
+    assert set(asked) == {*FAMILIES, *EXERCISES} and min(asked.values()) > 200, asked
 
 
 def test_the_same_seed_gives_the_same_pixels_everywhere():
@@ -192,6 +210,10 @@ def test_a_family_that_a_scene_cannot_answer_has_no_question():
     for family in ("position", "side", "same"):
         assert ask(alone, Chance(0), family) is None
     assert {question.family for question in questions(alone, Chance(0))} == set(FAMILIES) - {"position", "side", "same"}
+    assert ask(alone, Chance(0), "places") is None
+    thing = replace(alone.things[0], x=0.345, y=0.5)
+    assert ask(replace(alone, things=(thing,)), Chance(0), "place") is None
+    assert ask(replace(alone, things=(replace(thing, x=0.37),)), Chance(0), "place").answer == "Middle"
 
 
 def test_captions_name_each_thing_once():

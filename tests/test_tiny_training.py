@@ -15,16 +15,14 @@ from emma_hf.data import DataCollator
 from emma_hf.instruction_emma import encode_instruction
 from emma_hf.scenes import ENDING, SHAPES, Scene, caption, draw
 from emma_hf.tiny_training import (
-    CAPTION_EVERY,
-    CAPTION_EVERY_AT_FIRST,
     SMOKE,
-    TRAIN_SEEDS,
     Captioned,
     Rows,
     clip_model,
     collate_groups,
     tiny_processor,
     train_tiny,
+    training_scene,
     untrained_tiny,
     vision_features,
 )
@@ -131,7 +129,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
     processor, model = untrained
     features = vision_features(model, processor, 5, tmp_path / "features")
     for index in (0, 4):
-        picture = draw(Scene.random(TRAIN_SEEDS + index))
+        picture = draw(training_scene(index, 5))
         pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         expected = model.get_vision_features(pixels)[0]
         assert np.abs(features[index] - expected.detach().numpy()).max() < 5e-3 * expected.abs().max()
@@ -139,21 +137,30 @@ def test_rows_of_both_stages(untrained, tmp_path):
     (tmp_path / "cut").write_bytes(b"half")
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
-    rows = Rows("finetune", features, processor, 40, batch_size=2, seed=0)
+    rows = Rows("finetune", features, processor, 80, batch_size=2, seed=0)
+    length = {}
     for index in range(len(rows)):
-        scene = Scene.random(TRAIN_SEEDS + index % 5)
-        item, (question, answer) = rows[index], rows.words(index)
-        assert torch.equal(item["vision_features"][0], torch.from_numpy(features[index % 5].astype(np.float32)))
+        picture = rows.picture(index)
+        scene = training_scene(picture, 5)
+        # The first rows are about the first pictures, which are easy.
+        assert picture == index % (2 if index < 20 else 5)
+        assert len(scene.things) <= (2 if picture < 2 else 6)
+        item, turns = rows[index], rows.turns(index)
+        assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
         learned = item["labels"][item["labels"] != -100]
-        assert processor.tokenizer.decode(learned) == f"{answer}</s>"
-        assert question in processor.tokenizer.decode(item["input_ids"])
-        # More captions in the first fifth.
-        if index // 2 % (CAPTION_EVERY_AT_FIRST if index < 8 else CAPTION_EVERY) == 0:
-            assert answer == caption(scene)
-        else:
-            assert len(answer.split()) == 1
+        assert processor.tokenizer.decode(learned) == " ".join(f"{answer}</s>" for _, answer in turns)
+        words = processor.tokenizer.decode(item["input_ids"])
+        assert all(f"{question} ASSISTANT: {answer}</s>" in words for question, answer in turns)
+        assert len(set(turns)) == len(turns)
+        alone = index // 2 % 4 == 0 or index >= 64
+        assert (len(turns) == 1) == alone
+        length.setdefault(alone, []).append(len(item["input_ids"]))
+        instruction = encode_instruction(processor.instruction_tokenizer, turns[0][0])
+        if alone:
+            assert item["instruction_input_ids"].tolist() == [instruction]
+    assert np.mean(length[False]) > 220 and max(length[False]) <= 256 and max(length[True]) <= 192
     plain = Rows("pretrain", features, processor, 2, batch_size=2, seed=0)
-    assert plain.words(1) == ("", caption(Scene.random(TRAIN_SEEDS + 1)))
+    assert plain.turns(1) == [("", caption(training_scene(1, 5)))]
     batch = DataCollator(processor)([plain[0], plain[1]])
     assert batch["vision_features"].shape == (2, 64, 128)
 

@@ -7,8 +7,10 @@ and test questions have wordings, that training never shows.
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -254,7 +256,7 @@ class Question:
     Args:
         text: with or without the ending that asks for a single word.
         answer: what is right.
-        family: of questions, one of [`FAMILIES`].
+        family: of questions, one of [`FAMILIES`] or [`EXERCISES`].
         held_out_wording: whether training never says it so.
         held_out_pair: whether it is about a pair of colour and shape that training never shows.
     """
@@ -308,12 +310,28 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "Are the {a} and the {b} of the same {k}?"),
         ("The {a} and the {b}: do they have the same {k}?",),
     ),
+    "place": (
+        ("Where is the {a}?", "Where in the picture is the {a}?", "Where can you see the {a}?"),
+        ("Tell me where the {a} is.", "Where does the picture show the {a}?"),
+    ),
+    "places": (
+        ("Where are the {a} and the {b}?", "The {a} and the {b}: where are they?"),
+        ("Where can you see the {a} and the {b}?",),
+    ),
+    "both": (
+        ("What {k}s do the {a} and the {b} have?", "The {a} and the {b}: what {k}s do they have?"),
+        ("Tell me the {k}s of the {a} and the {b}.",),
+    ),
 }  # fmt: skip
-FAMILIES = tuple(WORDINGS)
+# Asked in training alone: what a comparison must know of each thing is learned sooner as an answer of its own.
+EXERCISES = ("place", "places", "both")
+FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Two things closer than this are neither left nor right of each other.
 CLEARLY = 0.12
+# A thing closer than this to where two parts of the picture meet is in neither.
+MARGIN = 0.03
 
 
 def caption(scene: Scene, things: Sequence[Thing] | None = None) -> str:
@@ -351,16 +369,21 @@ def questions(scene: Scene, chance: Chance, held_out_wording: bool = False) -> l
 Made = tuple[dict[str, str], str, list[tuple[str, str]]] | None
 
 
-def _referred(scene: Scene, chance: Chance, *hidden: str) -> tuple[str, Thing] | None:
-    """Words that mean one thing of the scene and do not say a `hidden` attribute, and that thing."""
+@lru_cache(maxsize=256)
+def _ways(scene: Scene, hidden: tuple[str, ...]) -> list[tuple[tuple[str, ...], Thing]]:
+    """Attributes, none of them `hidden`, that only one thing of the scene has, and that thing."""
     ways = []
     for names in (("shape",), ("colour",), ("size", "shape"), ("size", "colour"), ("colour", "shape")):
         if not set(names) & set(hidden):
-            ways += [
-                (names, thing)
-                for thing in scene.things
-                if len(scene.find(**{name: getattr(thing, name) for name in names})) == 1
-            ]
+            found = Counter(tuple(getattr(thing, name) for name in names) for thing in scene.things)
+            alone = (thing for thing in scene.things if found[tuple(getattr(thing, name) for name in names)] == 1)
+            ways += [(names, thing) for thing in alone]
+    return ways
+
+
+def _referred(scene: Scene, chance: Chance, *hidden: str) -> tuple[str, Thing] | None:
+    """Words that mean one thing of the scene and do not say a `hidden` attribute, and that thing."""
+    ways = _ways(scene, hidden)
     if not ways:
         return None
     names, thing = chance.one(ways)
@@ -375,6 +398,33 @@ def _attribute(name: str) -> Callable[[Scene, Chance], Made]:
             return None
         words, thing = found
         return {"a": words}, getattr(thing, name), [thing.pair]
+
+    return make
+
+
+def _clear(thing: Thing) -> bool:
+    """Whether it is plain to see which part of the picture a thing is in."""
+    return all(abs(centre - edge / 3) > MARGIN for centre in (thing.x, thing.y) for edge in (1, 2))
+
+
+def _place(scene: Scene, chance: Chance) -> Made:
+    for _ in range(6):
+        found = _referred(scene, chance)
+        if found is not None and _clear(found[1]):
+            return {"a": found[0]}, found[1].place, [found[1].pair]
+    return None
+
+
+def _attributes_of_two(*names: str) -> Callable[[Scene, Chance], Made]:
+    def make(scene: Scene, chance: Chance) -> Made:
+        for _ in range(6):
+            name = chance.one(names)
+            found = _two(scene, chance, *(() if name == "place" else (name,)))
+            if found is not None and (name != "place" or all(_clear(thing) for _, thing in found)):
+                (a, first), (b, second) = found
+                answer = f"{getattr(first, name)} and {getattr(second, name)}"
+                return {"a": a, "b": b, "k": name}, answer, [first.pair, second.pair]
+        return None
 
     return make
 
@@ -504,6 +554,9 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "position": _position,
     "side": _side,
     "same": _same,
+    "place": _place,
+    "places": _attributes_of_two("place"),
+    "both": _attributes_of_two("colour", "shape", "size"),
 }
 
 

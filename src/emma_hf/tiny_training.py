@@ -7,7 +7,6 @@ has one; a phase that was killed goes on from its last complete checkpoint.
 import gzip
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import (
@@ -36,9 +36,12 @@ from .data import IGNORED, SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from .matrix_optimizer import MuonWithAdamW
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 from .scenes import (
+    ENDING,
+    EXERCISES,
     FAMILIES,
     Chance,
     Scene,
@@ -47,7 +50,6 @@ from .scenes import (
     caption_question,
     close_up,
     draw,
-    questions,
     reshaped,
     siblings,
 )
@@ -64,10 +66,15 @@ PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
 # Scenes in a group of contrastive learning.
 GROUP = 4
-# Families that need more rows than the others come twice.
-TRAINED_FAMILIES = (*FAMILIES, "count", "position", "same")
-# One batch in so many of the second stage is captions: they say everything at once, which is most worth at first.
-CAPTION_EVERY_AT_FIRST, CAPTION_EVERY = 2, 8
+# Families that need more questions than the others come twice.
+TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "count", "position", "side", "same", "both")
+# The first pictures show two things at most, and the first rows are about them alone.
+EASY_PICTURES, EASY_ROWS = 0.3, 0.25
+# One batch in so many of the second stage asks one question in a row, as `emma-hf ask` does, and so do the last rows;
+# the others hold conversations that fill this many tokens: the answers, not the pictures, are what is learned from.
+SINGLE_EVERY, SINGLE_ROWS, CONVERSATION = 4, 0.2, 256
+# Tokens around the words: of the picture and the system turn, and of a question and its answer.
+START_TOKENS, TURN_TOKENS = VISUAL_TOKENS + 34, 7
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,10 @@ class Budget:
     Args:
         clip_steps: of contrastive learning, of `clip_groups` scenes with their siblings.
         pictures: of which V is computed and kept, for both stages.
-        pretrain_rows, finetune_rows: of the stages, a picture and a caption or question each.
+        pretrain_rows, finetune_rows: of the stages, a picture and what is said about it each.
         batch_size: rows in a step of the stages.
+
+    Groups and rows of a step are those of all processes together.
     """
 
     clip_steps: int = 16_000
@@ -87,9 +96,9 @@ class Budget:
     pretrain_rows: int = 12_800
     finetune_rows: int = 256_000
     batch_size: int = 64
-    clip_rate: float = 6e-4
+    clip_rate: float = 2e-3
     pretrain_rate: float = 1e-3
-    finetune_rate: float = 1e-3
+    finetune_rate: float = 2e-3
 
 
 SMOKE = Budget(
@@ -102,6 +111,8 @@ def train_tiny(
 ) -> Path:
     """Train emma-tiny and save it in `output/emma-tiny`.
 
+    Several processes (torchrun) share the steps of each phase; on a CPU one per core is the fastest.
+
     Args:
         output: folder of the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`.
         budget: how long.
@@ -111,11 +122,22 @@ def train_tiny(
 
     Returns:
         The folder of the model.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a step cannot be shared evenly.
     """
     figure_class()
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    processor = tiny_processor(output / "tokenizers")
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    for rows in (budget.clip_groups, budget.batch_size):
+        if rows % processes.num_processes:
+            raise ValueError(
+                f"The {rows} rows of a step must be a multiple of the number of processes: got "
+                f"{processes.num_processes} processes."
+            )
+    with processes.main_process_first():
+        processor = tiny_processor(output / "tokenizers")
     phases = {
         "clip": lambda: _train_clip(output / "clip", processor, budget, seed, arguments),
         "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, False, arguments),
@@ -123,16 +145,22 @@ def train_tiny(
     }
     seconds = output / "seconds.json"
     for name, phase in phases.items():
-        if (output / name / "done").is_file():
+        done = output / name / "done"
+        if done.is_file():
             continue
         start = time.time()
         phase()
-        spent = json.loads(seconds.read_text()) if seconds.is_file() else {}
-        seconds.write_text(json.dumps({**spent, name: round(spent.get(name, 0) + time.time() - start)}))
-        (output / name / "done").touch()
-    model = EmmaForConditionalGeneration.from_pretrained(output / "finetune", dtype=torch.bfloat16)
-    model.save_pretrained(output / "emma-tiny")
-    processor.save_pretrained(output / "emma-tiny")
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            spent = json.loads(seconds.read_text()) if seconds.is_file() else {}
+            seconds.write_text(json.dumps({**spent, name: round(spent.get(name, 0) + time.time() - start)}))
+            done.touch()
+        processes.wait_for_everyone()
+    if processes.is_main_process:
+        model = EmmaForConditionalGeneration.from_pretrained(output / "finetune", dtype=torch.bfloat16)
+        model.save_pretrained(output / "emma-tiny")
+        processor.save_pretrained(output / "emma-tiny")
+    processes.wait_for_everyone()
     return output / "emma-tiny"
 
 
@@ -142,8 +170,10 @@ def _texts(count: int) -> Iterator[tuple[str, str]]:
         scene, chance = Scene.random(seed), Chance(seed)
         yield caption_question(chance), caption(scene)
         for held_out in (False, True):
-            for question in questions(scene, chance, held_out):
-                yield question.text, question.answer
+            for family in (*FAMILIES, *EXERCISES):
+                question = ask(scene, chance, family, held_out)
+                if question is not None:
+                    yield question.text, question.answer
 
 
 def tiny_processor(folder: Path) -> EmmaProcessor:
@@ -249,7 +279,20 @@ def collate_groups(groups: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
 
 
 class InOrder(Trainer):
-    """Rows in the order of their numbers: none is ever seen twice, so there is nothing to shuffle."""
+    """Rows in the order of their numbers: none is ever seen twice, so there is nothing to shuffle.
+
+    Matrices are trained by Muon, the rest by AdamW at a share of its rate.
+    """
+
+    adam_share = 0.5
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """[`MuonWithAdamW`]."""
+        if self.optimizer is None:
+            args = self.args
+            rates = args.learning_rate, self.adam_share * args.learning_rate
+            self.optimizer = MuonWithAdamW(self.model, *rates, args.weight_decay, (args.adam_beta1, args.adam_beta2))
+        return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -258,15 +301,18 @@ class InOrder(Trainer):
 class InOrderEmma(InOrder, EmmaTrainer):
     """[`EmmaTrainer`] in the order of the rows."""
 
+    adam_share = 1.0
+
 
 def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
     values: dict[str, Any] = {
         "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": batch_size // PartialState().num_processes,
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         WARMUP_SHARE: 0.03,
         "weight_decay": 0.01,
+        "adam_beta2": 0.95,
         "logging_steps": max(1, min(50, steps // 6)),
         "logging_first_step": True,
         "save_steps": max(1, min(500, steps // 3)),
@@ -275,7 +321,8 @@ def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int
         "report_to": "none",
         "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
-        "dataloader_num_workers": min(2, os.cpu_count() or 1),
+        "dataloader_num_workers": 1,
+        "ddp_backend": "nccl" if torch.cuda.is_available() else "gloo",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
@@ -332,15 +379,20 @@ def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: in
 # EMMA
 
 
+def training_scene(index: int, pictures: int) -> Scene:
+    """What is on a picture of both stages."""
+    return Scene.random(TRAIN_SEEDS + index, most=2 if index < EASY_PICTURES * pictures else 6)
+
+
 class Rows(Dataset):
-    """Rows of a stage: V of a picture, and a caption or a question and its answer.
+    """Rows of a stage: V of a picture, and what is said about it.
 
     Args:
-        stage: `pretrain` (captions) or `finetune` (questions, and every so many batches captions).
+        stage: `pretrain` (captions) or `finetune` (conversations, questions and captions).
         features: V of the pictures, (pictures, visual tokens, width).
         processor: its tokenizers prepare the words.
         rows: how many.
-        batch_size: rows in a batch, all captions or all questions.
+        batch_size: rows in a step, all conversations or none.
         seed: of the words.
     """
 
@@ -353,29 +405,52 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return self.rows
 
-    def words(self, index: int) -> tuple[str, str]:
-        """What is asked about the picture of a row, and the answer."""
-        scene = Scene.random(TRAIN_SEEDS + index % len(self.features))
+    def picture(self, index: int) -> int:
+        """Which picture a row is about."""
+        easy = self.stage == "finetune" and index < EASY_ROWS * self.rows
+        return index % max(1, round((EASY_PICTURES if easy else 1) * len(self.features)))
+
+    def turns(self, index: int) -> list[tuple[str, str]]:
+        """What is asked about the picture of a row, and the answers."""
+        scene = training_scene(self.picture(index), len(self.features))
         chance = Chance((self.seed << 40) + index)
         if self.stage == "pretrain":
-            return "", caption(scene)
-        every = CAPTION_EVERY_AT_FIRST if index < self.rows / 5 else CAPTION_EVERY
-        if index // self.batch_size % every == 0:
-            return caption_question(chance), caption(scene)
+            return [("", caption(scene))]
+        batch, progress = index // self.batch_size, index / self.rows
+        if batch % SINGLE_EVERY == 0 or progress >= 1 - SINGLE_ROWS:
+            return [(caption_question(chance), caption(scene)) if chance.maybe(0.1) else self._question(scene, chance)]
+        turns = []
+        if chance.maybe(0.5 if progress < 0.2 else 0.25):
+            turns.append((caption_question(chance), caption(scene)))
+        # The same question is not asked again.
+        while True:
+            question, answer = self._question(scene, chance)
+            turn = (question.removesuffix(ENDING), answer)
+            if self._tokens([*turns, turn]) > CONVERSATION:
+                return turns
+            if turn not in turns:
+                turns.append(turn)
+
+    def _question(self, scene: Scene, chance: Chance) -> tuple[str, str]:
         while True:
             question = ask(scene, chance, chance.one(TRAINED_FAMILIES))
             if question is not None:
                 return question.text, question.answer
 
+    def _tokens(self, turns: list[tuple[str, str]]) -> int:
+        words = self.processor.tokenizer.tokenize("".join(question + answer for question, answer in turns))
+        return START_TOKENS + TURN_TOKENS * len(turns) + len(words)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        question, answer = self.words(index)
-        text = f"<image>\n{question}" if question else "<image>"
-        conversation = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+        conversation = []
+        for question, answer in self.turns(index):
+            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        conversation[0]["value"] = "\n".join(filter(None, ("<image>", conversation[0]["value"])))
         template = "plain" if self.stage == "pretrain" else "vicuna_v1"
         input_ids, labels = encode_conversation(self.processor, conversation, template)
         tokenizer = self.processor.instruction_tokenizer
         instruction = training_instruction(conversation, tokenizer, "<image>", self.processor.instruction_length)
-        features = torch.from_numpy(self.features[index % len(self.features)].astype(np.float32))
+        features = torch.from_numpy(self.features[self.picture(index)].astype(np.float32))
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),
@@ -385,9 +460,9 @@ class Rows(Dataset):
 
 
 class FewLengths(DataCollator):
-    """Pads to one of two lengths, so that a compiled model is compiled twice and no more."""
+    """Pads to one of few lengths, so that a compiled model is compiled for these and no more."""
 
-    lengths = (136, 192)
+    lengths = (136, 192, CONVERSATION)
 
     def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(items)
@@ -408,7 +483,7 @@ class Pictures(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        picture = draw(Scene.random(TRAIN_SEEDS + index))
+        picture = draw(training_scene(index, self.count))
         return self.processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
@@ -470,7 +545,8 @@ def _train_stage(
         rows, rate = budget.finetune_rows, budget.finetune_rate
     if torch.cuda.is_available():
         model.cuda()
-    features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
+    with PartialState().main_process_first():
+        features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
     model = prepare(model, stage)
     if compiled:
         model.model.language_model.compile(dynamic=False)
