@@ -152,7 +152,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
         words = processor.tokenizer.decode(item["input_ids"])
         assert all(f"{question} ASSISTANT: {answer}</s>" in words for question, answer in turns)
         assert len(set(turns)) == len(turns)
-        alone = index // 2 % 4 == 0 or index >= 64
+        alone = index // 2 % 8 == 0 or index >= 68
         assert (len(turns) == 1) == alone
         length.setdefault(alone, []).append(len(item["input_ids"]))
         instruction = encode_instruction(processor.instruction_tokenizer, turns[0][0])

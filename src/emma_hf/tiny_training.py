@@ -72,7 +72,7 @@ TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "count", "position", "side", "same", 
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
 # One batch in so many of the second stage asks one question in a row, as `emma-hf ask` does, and so do the last rows;
 # the others hold conversations that fill this many tokens: the answers, not the pictures, are what is learned from.
-SINGLE_EVERY, SINGLE_ROWS, CONVERSATION = 4, 0.2, 256
+SINGLE_EVERY, SINGLE_ROWS, CONVERSATION = 8, 0.15, 256
 # Tokens around the words: of the picture and the system turn, and of a question and its answer.
 START_TOKENS, TURN_TOKENS = VISUAL_TOKENS + 34, 7
 
@@ -490,21 +490,35 @@ class Pictures(Dataset):
 def vision_features(
     model: EmmaForConditionalGeneration, processor: EmmaProcessor, count: int, path: Path
 ) -> np.ndarray:
-    """V of the first pictures, float16 (count, visual tokens, width), computed once and kept in a file."""
+    """V of the first pictures, float16 (count, visual tokens, width), computed once and kept in a file.
+
+    Each process computes its part.
+    """
     shape = (count, VISUAL_TOKENS, VISION["hidden_size"])
-    if path.is_file() and path.stat().st_size == 2 * np.prod(shape):
-        return np.memmap(path, np.float16, "r", shape=shape)
-    half_written = path.with_suffix(".part")
-    features: np.memmap[Any, Any] = np.memmap(half_written, np.float16, "w+", shape=shape)
-    loader = torch.utils.data.DataLoader(Pictures(count, processor), batch_size=128, num_workers=1)
-    start = 0
-    for pixels in tqdm(loader, desc="vision features"):
-        with torch.no_grad():
-            found = model.get_vision_features(pixels.to(model.device))
-        features[start : start + len(found)] = found.cpu().numpy()
-        start += len(found)
-    features.flush()
-    half_written.rename(path)
+    processes, half_written = PartialState(), path.with_suffix(".part")
+    processes.wait_for_everyone()
+    if not path.is_file() or path.stat().st_size != 2 * np.prod(shape):
+        if processes.is_main_process:
+            np.memmap(half_written, np.float16, "w+", shape=shape)
+        processes.wait_for_everyone()
+        features: np.memmap[Any, Any] = np.memmap(half_written, np.float16, "r+", shape=shape)
+        with processes.split_between_processes(list(range(count))) as part:
+            pictures = torch.utils.data.Subset(Pictures(count, processor), part)
+            start = part[0]
+        for pixels in tqdm(
+            torch.utils.data.DataLoader(pictures, batch_size=128, num_workers=1),
+            desc="vision features",
+            disable=not processes.is_main_process,
+        ):
+            with torch.no_grad():
+                found = model.get_vision_features(pixels.to(model.device))
+            features[start : start + len(found)] = found.cpu().numpy()
+            start += len(found)
+        features.flush()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            half_written.rename(path)
+        processes.wait_for_everyone()
     return np.memmap(path, np.float16, "r", shape=shape)
 
 
@@ -545,8 +559,7 @@ def _train_stage(
         rows, rate = budget.finetune_rows, budget.finetune_rate
     if torch.cuda.is_available():
         model.cuda()
-    with PartialState().main_process_first():
-        features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
+    features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
     model = prepare(model, stage)
     if compiled:
         model.model.language_model.compile(dynamic=False)
