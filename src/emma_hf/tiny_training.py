@@ -66,13 +66,16 @@ PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
 # Scenes in a group of contrastive learning.
 GROUP = 4
-# Families that need more questions than the others come twice.
-TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "count", "position", "side", "same", "both")
+# What needs more questions than the rest comes twice.
+TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, *EXERCISES, "count", "position", "side", "same")
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
 # One batch in so many of the second stage asks one question in a row, as `emma-hf ask` does, and so do the last rows;
 # the others hold conversations that fill this many tokens: the answers, not the pictures, are what is learned from.
 SINGLE_EVERY, SINGLE_ROWS, CONVERSATION = 8, 0.15, 256
+# In the first half of the rows one conversation in so many is learned with its questions (arXiv 2405.14394): answers
+# alone teach little of the order of a question's words.
+QUESTIONS_EVERY = 4
 # Tokens around the words: of the picture and the system turn, and of a question and its answer.
 START_TOKENS, TURN_TOKENS = VISUAL_TOKENS + 34, 7
 
@@ -448,6 +451,9 @@ class Rows(Dataset):
         conversation[0]["value"] = "\n".join(filter(None, ("<image>", conversation[0]["value"])))
         template = "plain" if self.stage == "pretrain" else "vicuna_v1"
         input_ids, labels = encode_conversation(self.processor, conversation, template)
+        if len(conversation) > 2 and index % QUESTIONS_EVERY == 0 and 2 * index < self.rows:
+            words = VISUAL_TOKENS + input_ids.index(self.processor.image_token_id)
+            labels = labels[:words] + input_ids[words:]
         tokenizer = self.processor.instruction_tokenizer
         instruction = training_instruction(conversation, tokenizer, "<image>", self.processor.instruction_length)
         features = torch.from_numpy(self.features[self.picture(index)].astype(np.float32))
