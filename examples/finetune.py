@@ -21,7 +21,7 @@ from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.crash_safety import CrashSafety, last_complete_checkpoint
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.trainer import EmmaTrainer, SampleAnswers, figure_class, plot_loss
-from emma_hf.training import NOT_QUANTIZED, STAGES, prepare, stage_of
+from emma_hf.training import STAGES, prepare, stage_of
 
 
 @dataclass
@@ -137,7 +137,6 @@ def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            llm_int8_skip_modules=NOT_QUANTIZED,
         )
     return EmmaForConditionalGeneration.from_pretrained(script.model, dtype=script.dtype, **options)
 

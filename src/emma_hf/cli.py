@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--clip", help="folder or Hub id of the CLIP checkpoint (default: what the config names)")
     convert.add_argument("--dtype", help="dtype of every tensor, such as bfloat16 (default: as it is)")
     convert.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 2GB (default: 5GB)")
+    convert.add_argument("--quantization", metavar="BITS", help="4bit or 8bit: write a folder that loads quantized")
     convert.add_argument("--reverse", action="store_true", help="write the authors' layout")
     convert.set_defaults(run=_convert)
 
@@ -97,6 +98,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
     parser.add_argument("--dtype", default="auto", help="dtype of the computation (default: as stored)")
+    parser.add_argument("--quantization", metavar="BITS", help="4bit or 8bit: smaller weights (default: as stored)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
     parser.add_argument("--instruction", help="text that guides the visual tokens (default: from the question)")
 
@@ -110,9 +112,12 @@ def _convert(args: argparse.Namespace) -> None:
             raise ValueError("`--reverse` needs a SOURCE, a folder or Hub id of a converted model: got none.")
         if args.clip is not None:
             raise ValueError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
+        if args.quantization is not None:
+            raise ValueError("The authors' layout has no quantized form: drop `--quantization` or `--reverse`.")
         reverse(args.source, args.output, **options)
     else:
-        convert(args.source or DEFAULT_SOURCE, args.output, clip=args.clip, **options)
+        source = args.source or DEFAULT_SOURCE
+        convert(source, args.output, clip=args.clip, quantization=args.quantization, **options)
     print(f"wrote {args.output}", file=sys.stderr)
 
 
@@ -188,6 +193,7 @@ class _Chat:
 
         from .modeling_emma import EmmaForConditionalGeneration
         from .processing_emma import EmmaProcessor
+        from .quantization_emma import bitsandbytes_config
 
         if args.max_new_tokens < 1:
             raise ValueError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
@@ -205,7 +211,12 @@ class _Chat:
         # Read the pictures before the weights: a wrong path is told at once.
         self.images = self.processor.image_processor.fetch_images(images)
         self.messages: list[dict[str, Any]] = []
-        self.model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+        options: dict[str, Any] = {}
+        if args.quantization is not None:
+            options = {"quantization_config": bitsandbytes_config(args.quantization), "device_map": {"": device}}
+        model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, **options)
+        # Quantized weights are put where they belong while they are read.
+        self.model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
 
     def answer(self, question: str) -> None:
         """Stream the answer to one question, and remember both."""

@@ -99,8 +99,17 @@ def keep_nested_names_on_save(model: nn.Module) -> None:
         rule.scope_prefix, rule.base_model_prefix = f"{prefix}{tower}", ""
         rules.append(rule)
     # Under ZeRO-3, 5.23 remembers also the rules that matched nothing, and undoing those would misname weights.
-    loaded = [rule for rule in getattr(model, "_weight_conversions", None) or [] if rule.was_used()]
+    loaded = [rule for rule in getattr(model, "_weight_conversions", None) or [] if rule.was_used() and _undone(rule)]
     model._weight_conversions = rules + [rule for rule in loaded if not isinstance(rule, PrefixChange)]
+
+
+def _undone(rule: Any) -> bool:
+    """Whether a rule of loading has an inverse: reading quantized weights has none, and needs none to write them."""
+    try:
+        rule.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 # Transformers 4.57 is told a processor's parts by class attributes; 5 reads them from `__init__`. Goes with 4.57.

@@ -24,6 +24,8 @@ HUB_FILES = (
     "instruction_emma.py",
     "compat_emma.py",
     "execution_emma.py",
+    "loading_emma.py",
+    "quantization_emma.py",
 )
 
 # What `trust_remote_code` loads. `AutoModelForVision2Seq` is the name in Transformers 4.57, gone in 5.

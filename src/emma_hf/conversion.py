@@ -38,6 +38,7 @@ from .image_processing_emma import EmmaImageProcessor
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer, write_merges
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
+from .quantization_emma import bitsandbytes_config
 
 DEFAULT_SOURCE = "saraghznfri/emma-7b"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
@@ -106,6 +107,7 @@ def convert(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
+    quantization: str | None = None,
 ) -> Path:
     """Turn the authors' checkpoint into a complete Hub folder.
 
@@ -116,12 +118,23 @@ def convert(
         dtype: dtype of all floating-point tensors. Default: each tensor keeps its own.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. No more than one tensor is ever in memory.
         progress: show a progress bar.
+        quantization: `4bit` or `8bit`, for a folder that loads quantized. The whole weights are written beside
+            `output` in the meantime.
 
     Raises:
         ValueError: unknown or missing weights, damaged files, a variant that cannot run, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
+        ImportError: with `quantization`, bitsandbytes is missing or too old.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
+    if quantization is not None:
+        config = bitsandbytes_config(quantization)
+        with _new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+            whole = convert(source, Path(beside) / "whole", clip, dtype, max_shard_size, progress)
+            model = EmmaForConditionalGeneration.from_pretrained(whole, quantization_config=config, dtype="auto")
+            shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+            model.save_pretrained(folder, max_shard_size=limit)
+        return Path(output)
     with _new_folder(output) as folder:
         source = _fetch(source)
         authors = _read_json(source / "config.json")

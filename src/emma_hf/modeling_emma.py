@@ -26,6 +26,8 @@ from .compat_emma import (
 )
 from .configuration_emma import EmmaConfig
 from .execution_emma import device_of, needs_grad, steps_together
+from .loading_emma import loading_errors
+from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
 
 # What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
@@ -154,28 +156,21 @@ class EmmaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "EmmaPreTrainedModel":
         """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names.
 
+        A `quantization_config` of any method quantizes the language model's layers and nothing else.
+
         Raises:
-            ValueError: a weight file that is truncated or damaged, or weights of another shape than the config says.
+            ValueError: a weight file that is truncated or damaged, weights of another shape than the config says, or
+                layers of a size that 4 bits cannot pack.
+            ImportError: a quantization whose package is missing or too old.
         """
         mapping = tower_key_mapping()
         if mapping is not None:
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
-        try:
-            return super().from_pretrained(*args, **kwargs)
-        except Exception as error:
-            source = args[0] if args else "the checkpoint"
-            if isinstance(error, RuntimeError) and "mismatch" in str(error):
-                raise ValueError(
-                    f"The config and the weights must have the same shapes: those of {source} differ ({error}). "
-                    "Restore its config, or pass `ignore_mismatched_sizes=True` to begin these weights anew."
-                ) from error
-            # By its name: safetensors itself is not imported by the files that travel.
-            if type(error).__name__ == "SafetensorError":
-                raise ValueError(
-                    f"The weight files must be whole: {source} has one that is truncated or damaged ({error}). Fetch "
-                    "or save it again."
-                ) from error
-            raise
+        kwargs = with_whole_parts(kwargs)
+        with loading_errors(args[0] if args else "the checkpoint"):
+            loaded = super().from_pretrained(*args, **kwargs)
+        keep_exact(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
@@ -200,6 +195,7 @@ class EmmaModel(EmmaPreTrainedModel):
         self.modality_adaptation = EmmaModalityAdaptation(config)
         self.multi_modal_projector = EmmaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        check_quantizable(self.language_model, getattr(config, "quantization_config", {}))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

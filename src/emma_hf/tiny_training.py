@@ -93,12 +93,12 @@ class Budget:
     Groups and rows of a step are those of all processes together.
     """
 
-    clip_steps: int = 16_000
+    clip_steps: int = 9_000
     clip_groups: int = 8
-    pictures: int = 50_000
-    pretrain_rows: int = 12_800
-    finetune_rows: int = 256_000
-    batch_size: int = 64
+    pictures: int = 40_000
+    pretrain_rows: int = 6_400
+    finetune_rows: int = 92_800
+    batch_size: int = 32
     clip_rate: float = 2e-3
     pretrain_rate: float = 1e-3
     finetune_rate: float = 2e-3

@@ -17,9 +17,6 @@ LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\..*_proj"
 # What both stages train beside the language model, and a LoRA checkpoint keeps whole.
 FUSION_MODULES = ("modality_adaptation", "multi_modal_projector")
 
-# For `llm_int8_skip_modules`: all but the language model's layers keep their precision.
-NOT_QUANTIZED = ["lm_head", "model.vision_tower", "model.instruction_encoder", *(f"model.{m}" for m in FUSION_MODULES)]
-
 
 @dataclass(frozen=True)
 class Stage:
