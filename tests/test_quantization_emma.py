@@ -15,6 +15,7 @@ from emma_hf.compat_emma import TRANSFORMERS_5
 from emma_hf.conversion import convert
 from emma_hf.quantization_emma import NOT_QUANTIZED, bitsandbytes_config
 from emma_hf.scenes import Scene, draw
+from emma_hf.tiny_evaluation import answers
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -273,3 +274,39 @@ def test_a_missing_package_names_the_extra(monkeypatch):
 def test_mistakes_are_told(arguments, message, photo, capsys):
     assert main([str(photo) if word == "PHOTO" else word for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nf4, double", "int8"])
+def test_every_way_to_generate(name, inputs):
+    model = load(name).eval()
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **greedy)
+    for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(**inputs, **greedy, **options), expected), options
+    assistant = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.bfloat16).eval()
+    assert torch.equal(model.generate(**inputs, **greedy, assistant_model=assistant), expected)
+    features = {"vision_features": model.get_vision_features(inputs["pixel_values"].bfloat16())}
+    words = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    assert torch.equal(model.generate(**words, **features, **greedy), expected)
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        sampled.append(model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=3.0))
+    assert torch.equal(*sampled)
+    beams = model.generate(**inputs, **greedy, num_beams=3, return_dict_in_generate=True, output_scores=True)
+    assert torch.isfinite(beams.sequences_scores).all()
+
+
+@pytest.mark.parametrize("name", ["nf4, double", "int8"])
+def test_padded_rows_answer_like_single_ones(name):
+    processor, model = EmmaProcessor.from_pretrained(EMMA_TINY), load(name).eval()
+    scenes = [Scene.random(seed) for seed in range(4)]
+    asked = [(scene, text) for scene, text in zip(scenes, ("How many things are there?", "Describe the picture.") * 2)]
+    assert answers(model, processor, asked) == [answers(model, processor, [one])[0] for one in asked]
+
+
+def test_a_device_map_places_it():
+    model = EmmaForConditionalGeneration.from_pretrained(
+        EMMA_TINY, quantization_config=bitsandbytes_config("4bit"), device_map="auto"
+    )
+    assert model.hf_device_map and len(quantized_modules(model)) == 42

@@ -11,13 +11,14 @@ from transformers import CLIPModel
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.cli import main
-from emma_hf.data import DataCollator
+from emma_hf.data import encode_conversation
 from emma_hf.instruction_emma import encode_instruction
 from emma_hf.scenes import ENDING, SHAPES, Scene, caption, draw
 from emma_hf.tiny_training import (
     SMOKE,
     Captioned,
     Rows,
+    SideBySide,
     clip_model,
     collate_groups,
     tiny_processor,
@@ -137,8 +138,8 @@ def test_rows_of_both_stages(untrained, tmp_path):
     (tmp_path / "cut").write_bytes(b"half")
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
-    rows = Rows("finetune", features, processor, 80, batch_size=2, seed=0)
-    length = {}
+    rows = Rows("finetune", features, processor, 80, seed=0)
+    decode, lengths = processor.tokenizer.decode, []
     for index in range(len(rows)):
         picture = rows.picture(index)
         scene = training_scene(picture, 5)
@@ -147,26 +148,46 @@ def test_rows_of_both_stages(untrained, tmp_path):
         assert len(scene.things) <= (2 if picture < 2 else 6)
         item, turns = rows[index], rows.turns(index)
         assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
-        learned = processor.tokenizer.decode(item["labels"][item["labels"] != -100])
-        if index % 4 == 0 and index < 40 and len(turns) > 1:
-            asked = [f"{question} ASSISTANT: {answer}</s>" for question, answer in turns]
-            assert learned.replace(" ", "") == "".join(["\n", "USER:".join(asked)]).replace(" ", "")
-        else:
-            assert learned == " ".join(f"{answer}</s>" for _, answer in turns)
-        words = processor.tokenizer.decode(item["input_ids"])
-        assert all(f"{question} ASSISTANT: {answer}</s>" in words for question, answer in turns)
-        assert len(set(turns)) == len(turns)
-        alone = index // 2 % 8 == 0 or index >= 68
-        assert (len(turns) == 1) == alone
-        length.setdefault(alone, []).append(len(item["input_ids"]))
         instruction = encode_instruction(processor.instruction_tokenizer, turns[0][0])
-        if alone:
-            assert item["instruction_input_ids"].tolist() == [instruction]
-    assert np.mean(length[False]) > 220 and max(length[False]) <= 256 and max(length[True]) <= 192
-    plain = Rows("pretrain", features, processor, 2, batch_size=2, seed=0)
+        assert item["instruction_input_ids"].tolist() == [instruction]
+        assert (item["labels"][item["segments"] == 0] == -100).all()
+        for number, (question, answer) in enumerate(turns, 1):
+            mine = item["segments"] == number
+            assert decode(item["input_ids"][mine]).strip() == f"{question} ASSISTANT: {answer}</s>"
+            assert decode(item["labels"][mine & (item["labels"] != -100)]) == f"{answer}</s>"
+        # The last rows ask one question.
+        if index >= 68:
+            assert len(turns) == 1
+        else:
+            lengths.append(len(item["input_ids"]))
+    assert np.mean(lengths) > 220 and max(lengths) <= 256
+    plain = Rows("pretrain", features, processor, 2, seed=0)
     assert plain.turns(1) == [("", caption(training_scene(1, 5)))]
-    batch = DataCollator(processor)([plain[0], plain[1]])
-    assert batch["vision_features"].shape == (2, 64, 128)
+    batch = SideBySide(processor)([plain[0], plain[1]])
+    assert batch["vision_features"].shape == (2, 64, 128) and batch["input_ids"].shape == (2, 136)
+
+
+def test_questions_side_by_side_are_answered_as_if_alone(untrained):
+    processor, model = untrained
+    features = np.random.default_rng(0).normal(size=(5, 64, 128)).astype(np.float16)
+    rows = Rows("finetune", features, processor, 80, seed=0)
+    items = [rows[50], rows[51], rows[70]]
+    batch = SideBySide(processor)(items)
+    assert batch["input_ids"].shape == (3, 256)
+    with torch.no_grad():
+        together = model(**batch)
+        losses = []
+        for row, index in enumerate((50, 51, 70)):
+            for number, (question, answer) in enumerate(rows.turns(index), 1):
+                conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+                ids, labels = (torch.tensor([values]) for values in encode_conversation(processor, conversation))
+                images = {name: items[row][name] for name in ("vision_features", "instruction_input_ids")}
+                alone = model(input_ids=ids, labels=labels, **images)
+                mine = (items[row]["segments"] == number).nonzero()[:, 0]
+                assert torch.allclose(alone.logits[0, -len(mine) :], together.logits[row, mine], atol=1e-5)
+                losses += [alone.loss] * int((labels != -100).sum())
+    assert len(losses) == int((batch["labels"] != -100).sum())
+    assert torch.allclose(together.loss, torch.stack(losses).mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize(

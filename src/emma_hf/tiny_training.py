@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,12 @@ from .conversion import prompt_tokenizer
 from .crash_safety import CrashSafety, last_complete_checkpoint
 from .data import IGNORED, SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
-from .instruction_emma import encode_instruction, training_instruction
+from .instruction_emma import encode_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from .matrix_optimizer import MuonWithAdamW
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 from .scenes import (
-    ENDING,
     EXERCISES,
     FAMILIES,
     Chance,
@@ -70,14 +70,11 @@ GROUP = 4
 TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, *EXERCISES, "count", "position", "side", "same")
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
-# One batch in so many of the second stage asks one question in a row, as `emma-hf ask` does, and so do the last rows;
-# the others hold conversations that fill this many tokens: the answers, not the pictures, are what is learned from.
-SINGLE_EVERY, SINGLE_ROWS, CONVERSATION = 8, 0.15, 256
-# In the first half of the rows one conversation in so many is learned with its questions (arXiv 2405.14394): answers
-# alone teach little of the order of a question's words.
-QUESTIONS_EVERY = 4
-# Tokens around the words: of the picture and the system turn, and of a question and its answer.
-START_TOKENS, TURN_TOKENS = VISUAL_TOKENS + 34, 7
+# Tokens of a row of the second stage: questions about one picture side by side, until it is full. What is learned from
+# is the answers, and a picture costs more than twenty of them. The last rows ask one question, as `emma-hf ask` does.
+ROW_TOKENS, SINGLE_ROWS = 256, 0.15
+# So many questions are captions instead: they say everything at once, which is most worth at first.
+CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.04
 
 
 @dataclass(frozen=True)
@@ -395,15 +392,16 @@ class Rows(Dataset):
         features: V of the pictures, (pictures, visual tokens, width).
         processor: its tokenizers prepare the words.
         rows: how many.
-        batch_size: rows in a step, all conversations or none.
         seed: of the words.
     """
 
-    def __init__(
-        self, stage: str, features: np.ndarray, processor: EmmaProcessor, rows: int, batch_size: int, seed: int
-    ) -> None:
+    def __init__(self, stage: str, features: np.ndarray, processor: EmmaProcessor, rows: int, seed: int) -> None:
         self.stage, self.features, self.processor = stage, features, processor
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rows, self.seed = rows, seed
+        self._encoded = cache(self._encode)
+        # Tokens of system turn and picture.
+        some_ids, _ = self._encode("?" if stage == "finetune" else "", "!")
+        self.start = VISUAL_TOKENS + some_ids.index(processor.image_token_id)
 
     def __len__(self) -> int:
         return self.rows
@@ -419,20 +417,19 @@ class Rows(Dataset):
         chance = Chance((self.seed << 40) + index)
         if self.stage == "pretrain":
             return [("", caption(scene))]
-        batch, progress = index // self.batch_size, index / self.rows
-        if batch % SINGLE_EVERY == 0 or progress >= 1 - SINGLE_ROWS:
-            return [(caption_question(chance), caption(scene)) if chance.maybe(0.1) else self._question(scene, chance)]
-        turns = []
-        if chance.maybe(0.5 if progress < 0.2 else 0.25):
-            turns.append((caption_question(chance), caption(scene)))
-        # The same question is not asked again.
+        turns: list[tuple[str, str]] = []
+        used = 0
         while True:
-            question, answer = self._question(scene, chance)
-            turn = (question.removesuffix(ENDING), answer)
-            if self._tokens([*turns, turn]) > CONVERSATION:
+            if chance.maybe(CAPTIONS_AT_FIRST if 5 * index < self.rows else CAPTIONS):
+                turn = caption_question(chance), caption(scene)
+            else:
+                turn = self._question(scene, chance)
+            used += len(self._encoded(*turn)[0]) - (self.start if turns else 0)
+            if used > ROW_TOKENS:
                 return turns
-            if turn not in turns:
-                turns.append(turn)
+            turns.append(turn)
+            if index >= (1 - SINGLE_ROWS) * self.rows:
+                return turns
 
     def _question(self, scene: Scene, chance: Chance) -> tuple[str, str]:
         while True:
@@ -440,42 +437,59 @@ class Rows(Dataset):
             if question is not None:
                 return question.text, question.answer
 
-    def _tokens(self, turns: list[tuple[str, str]]) -> int:
-        words = self.processor.tokenizer.tokenize("".join(question + answer for question, answer in turns))
-        return START_TOKENS + TURN_TOKENS * len(turns) + len(words)
+    def _encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Ids and labels of one question about the picture."""
+        asked = "\n".join(filter(None, ("<image>", question)))
+        conversation = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        return encode_conversation(self.processor, conversation, "vicuna_v1" if question else "plain")
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        conversation = []
-        for question, answer in self.turns(index):
-            conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        conversation[0]["value"] = "\n".join(filter(None, ("<image>", conversation[0]["value"])))
-        template = "plain" if self.stage == "pretrain" else "vicuna_v1"
-        input_ids, labels = encode_conversation(self.processor, conversation, template)
-        if len(conversation) > 2 and index % QUESTIONS_EVERY == 0 and 2 * index < self.rows:
-            words = VISUAL_TOKENS + input_ids.index(self.processor.image_token_id)
-            labels = labels[:words] + input_ids[words:]
+        turns = self.turns(index)
+        input_ids, labels, positions, segments = [], [], [], []
+        for number, turn in enumerate(turns):
+            ids, learned = self._encoded(*turn)
+            # System turn and picture are the beginning of every question and stand in the row once.
+            start = self.start if number else 0
+            input_ids += ids[start:]
+            labels += learned[start:]
+            positions += range(start, len(ids))
+            segments += [number + 1 if place >= self.start else 0 for place in range(start, len(ids))]
         tokenizer = self.processor.instruction_tokenizer
-        instruction = training_instruction(conversation, tokenizer, "<image>", self.processor.instruction_length)
         features = torch.from_numpy(self.features[self.picture(index)].astype(np.float32))
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),
+            "position_ids": torch.tensor(positions),
+            "segments": torch.tensor(segments),
             "vision_features": features[None],
-            "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, instruction)]),
+            "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, turns[0][0])]),
         }
 
 
-class FewLengths(DataCollator):
-    """Pads to one of few lengths, so that a compiled model is compiled for these and no more."""
+class SideBySide(DataCollator):
+    """Batches whose rows hold several questions, none of which sees another.
 
-    lengths = (136, 192, CONVERSATION)
+    Rows are padded to one of few lengths, so that a compiled model is compiled for these and no more.
+    """
+
+    lengths = (136, ROW_TOKENS)
 
     def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(items)
         found = batch["input_ids"].shape[1]
-        more = next((length - found for length in self.lengths if length >= found), 0)
-        for name, value in (("input_ids", self.pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
-            batch[name] = torch.nn.functional.pad(batch[name], (0, more), value=value)
+        length = next((length for length in self.lengths if length >= found), found)
+
+        def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
+
+        batch["input_ids"] = padded(list(batch["input_ids"]), self.pad_token_id)
+        batch["labels"] = padded(list(batch["labels"]), IGNORED)
+        batch["position_ids"] = padded([item["position_ids"] for item in items], 0)
+        # The beginning is seen by all; the padding sees the beginning, because a row that sees nothing is not a number.
+        segments = padded([item["segments"] for item in items], -1)
+        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        seen &= torch.ones(length, length, dtype=torch.bool).tril()
+        batch["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
         return batch
 
 
@@ -572,8 +586,8 @@ def _train_stage(
     trainer = InOrderEmma(
         model=model,
         args=_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, more),
-        train_dataset=Rows(stage, features, processor, rows, budget.batch_size, seed),
-        data_collator=FewLengths(processor),
+        train_dataset=Rows(stage, features, processor, rows, seed),
+        data_collator=SideBySide(processor),
         processing_class=processor,
         group_by_modality=False,
         callbacks=[CrashSafety()],
