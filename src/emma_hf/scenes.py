@@ -372,7 +372,7 @@ Made = tuple[dict[str, str], str, list[tuple[str, str]]] | None
 @lru_cache(maxsize=256)
 def _ways(scene: Scene, hidden: tuple[str, ...]) -> list[tuple[tuple[str, ...], Thing]]:
     """Attributes, none of them `hidden`, that only one thing of the scene has, and that thing."""
-    ways = []
+    ways: list[tuple[tuple[str, ...], Thing]] = []
     for names in (("shape",), ("colour",), ("size", "shape"), ("size", "colour"), ("colour", "shape")):
         if not set(names) & set(hidden):
             found = Counter(tuple(getattr(thing, name) for name in names) for thing in scene.things)

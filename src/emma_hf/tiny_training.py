@@ -285,6 +285,7 @@ class InOrder(Trainer):
     """
 
     adam_share = 0.5
+    optimizer: Any
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         """[`MuonWithAdamW`]."""
@@ -445,7 +446,10 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         turns = self.turns(index)
-        input_ids, labels, positions, segments = [], [], [], []
+        input_ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        segments: list[int] = []
         for number, turn in enumerate(turns):
             ids, learned = self._encoded(*turn)
             # System turn and picture are the beginning of every question and stand in the row once.
