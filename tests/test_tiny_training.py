@@ -144,7 +144,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
         picture = rows.picture(index)
         scene = training_scene(picture, 5)
         # The first rows are about the first pictures, which are easy.
-        assert picture == index % (2 if index < 20 else 5)
+        assert picture == index * 1_000_003 % (2 if index < 20 else 5)
         assert len(scene.things) <= (2 if picture < 2 else 6)
         item, turns = rows[index], rows.turns(index)
         assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
@@ -161,8 +161,10 @@ def test_rows_of_both_stages(untrained, tmp_path):
         else:
             lengths.append(len(item["input_ids"]))
     assert np.mean(lengths) > 220 and max(lengths) <= 256
+    assert {rows.picture(index) for index in range(20)} == {0, 1}
+    assert {rows.picture(index) for index in range(20, 25)} == set(range(5))
     plain = Rows("pretrain", features, processor, 2, seed=0)
-    assert plain.turns(1) == [("", caption(training_scene(1, 5)))]
+    assert plain.turns(1) == [("", caption(training_scene(plain.picture(1), 5)))]
     batch = SideBySide(processor)([plain[0], plain[1]])
     assert batch["vision_features"].shape == (2, 64, 128) and batch["input_ids"].shape == (2, 136)
 

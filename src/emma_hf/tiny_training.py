@@ -50,6 +50,7 @@ from .scenes import (
     caption_question,
     close_up,
     draw,
+    questions,
     reshaped,
     siblings,
 )
@@ -70,6 +71,8 @@ GROUP = 4
 TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, *EXERCISES, "count", "position", "side", "same")
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
+# Prime, so that a walk of such steps meets every picture.
+STRIDE = 1_000_003
 # Tokens of a row of the second stage: questions about one picture side by side, until it is full. What is learned from
 # is the answers, and a picture costs more than twenty of them. The last rows ask one question, as `emma-hf ask` does.
 ROW_TOKENS, SINGLE_ROWS = 256, 0.15
@@ -170,10 +173,8 @@ def _texts(count: int) -> Iterator[tuple[str, str]]:
         scene, chance = Scene.random(seed), Chance(seed)
         yield caption_question(chance), caption(scene)
         for held_out in (False, True):
-            for family in (*FAMILIES, *EXERCISES):
-                question = ask(scene, chance, family, held_out)
-                if question is not None:
-                    yield question.text, question.answer
+            for question in questions(scene, chance, held_out):
+                yield question.text, question.answer
 
 
 def tiny_processor(folder: Path) -> EmmaProcessor:
@@ -389,7 +390,7 @@ class Rows(Dataset):
     """Rows of a stage: V of a picture, and what is said about it.
 
     Args:
-        stage: `pretrain` (captions) or `finetune` (conversations, questions and captions).
+        stage: `pretrain` (captions) or `finetune` (questions, and captions among them).
         features: V of the pictures, (pictures, visual tokens, width).
         processor: its tokenizers prepare the words.
         rows: how many.
@@ -408,9 +409,9 @@ class Rows(Dataset):
         return self.rows
 
     def picture(self, index: int) -> int:
-        """Which picture a row is about."""
+        """Which picture a row is about: all take their turn, and neighbours are as different as any two."""
         easy = self.stage == "finetune" and index < EASY_ROWS * self.rows
-        return index % max(1, round((EASY_PICTURES if easy else 1) * len(self.features)))
+        return index * STRIDE % max(1, round((EASY_PICTURES if easy else 1) * len(self.features)))
 
     def turns(self, index: int) -> list[tuple[str, str]]:
         """What is asked about the picture of a row, and the answers."""
