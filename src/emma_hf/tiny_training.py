@@ -307,9 +307,10 @@ class InOrderEmma(InOrder, EmmaTrainer):
 
 
 def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
+    processes = PartialState().num_processes
     values: dict[str, Any] = {
         "max_steps": steps,
-        "per_device_train_batch_size": batch_size // PartialState().num_processes,
+        "per_device_train_batch_size": batch_size // processes,
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         WARMUP_SHARE: 0.03,
@@ -324,7 +325,7 @@ def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int
         "bf16": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_num_workers": 1,
-        "ddp_backend": "nccl" if torch.cuda.is_available() else "gloo",
+        "ddp_backend": "gloo" if processes > 1 and not torch.cuda.is_available() else None,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
