@@ -1,6 +1,9 @@
 """Memory of this process, for the benchmarks (Linux)."""
 
 import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -14,5 +17,32 @@ def peak_resident() -> int:
 
     `getrusage` will not do: a process that another one starts begins there with the size of that other one.
     """
+    return _status("VmHWM")
+
+
+def anonymous() -> int:
+    """Bytes that are resident now and belong to no file: pages of a mapped file can be dropped at any time."""
+    return _status("RssAnon")
+
+
+@contextmanager
+def sampled_peak(seconds: float = 0.005) -> Iterator[list[int]]:
+    """A list whose one number, at the end, is the most anonymous bytes that were seen, beyond those at the start."""
+    start, peak, stop = anonymous(), [0], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(seconds):
+            peak[0] = max(peak[0], anonymous() - start)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from memory import peak_resident, resident
+from memory import anonymous, sampled_peak
 from transformers import BitsAndBytesConfig
 
 from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
@@ -109,24 +109,27 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def loading_peak(folder: Path, name: str) -> None:
-    """Print, in a process of its own, bytes of the weights and the peak beyond what the imports take."""
+    """Print, in a process of its own, bytes of the weights, of memory that is no file's afterwards, and of its peak."""
     load(EMMA_TINY, name)
-    before = resident()
-    model = load(folder, name)
-    print(json.dumps([sum(measured(model).values()), peak_resident() - before]))
+    before = anonymous()
+    with sampled_peak() as peak:
+        model = load(folder, name)
+    print(json.dumps([sum(measured(model).values()), anonymous() - before, peak[0]]))
 
 
 def loading_table() -> str:
-    lines = ["| loading | weights | peak of the process beyond its imports | peak less one shard, to weights |"]
-    lines.append("|---|---|---|---|")
+    lines = [
+        "| loading | weights | memory after, mapped files apart | peak | peak less one shard, to weights |"
+    ]
+    lines.append("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--write", folder], check=True)
         for name in FORMATS:
             command = [sys.executable, __file__, "--load", folder, "--format", name]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            weights, peak = json.loads(done.stdout.splitlines()[-1])
-            ratio = (peak - SHARD) / weights
-            lines.append(f"| {name} | {weights / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {ratio:.2f} |")
+            weights, after, peak = json.loads(done.stdout.splitlines()[-1])
+            columns = " | ".join(f"{value / 1e9:.2f} GB" for value in (weights, after, peak))
+            lines.append(f"| {name} | {columns} | {max(0, peak - SHARD) / weights:.2f} |")
     return "\n".join(lines)
 
 
