@@ -118,9 +118,7 @@ def loading_peak(folder: Path, name: str) -> None:
 
 
 def loading_table() -> str:
-    lines = [
-        "| loading | weights | memory after, mapped files apart | peak | peak less one shard, to weights |"
-    ]
+    lines = ["| loading | weights | memory after, mapped files apart | peak | peak less one shard, to weights |"]
     lines.append("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--write", folder], check=True)
