@@ -138,13 +138,13 @@ def test_rows_of_both_stages(untrained, tmp_path):
     (tmp_path / "cut").write_bytes(b"half")
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
-    rows = Rows("finetune", features, processor, 80, seed=0)
+    rows = Rows("finetune", features, processor, 80, batch_size=4, seed=0)
     decode, lengths = processor.tokenizer.decode, []
     for index in range(len(rows)):
         picture = rows.picture(index)
         scene = training_scene(picture, 5)
         # The first rows are about the first pictures, which are easy.
-        assert picture == index * 1_000_003 % (2 if index < 20 else 5)
+        assert picture < (2 if index < 20 else 5)
         assert len(scene.things) <= (2 if picture < 2 else 6)
         item, turns = rows[index], rows.turns(index)
         assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
@@ -155,15 +155,19 @@ def test_rows_of_both_stages(untrained, tmp_path):
             mine = item["segments"] == number
             assert decode(item["input_ids"][mine]).strip() == f"{question} ASSISTANT: {answer}</s>"
             assert decode(item["labels"][mine & (item["labels"] != -100)]) == f"{answer}</s>"
-        # The last rows ask one question.
-        if index >= 68:
+        # The rows of every third step ask one question.
+        if index // 4 % 3 == 2:
             assert len(turns) == 1
         else:
             lengths.append(len(item["input_ids"]))
     assert np.mean(lengths) > 220 and max(lengths) <= 256
     assert {rows.picture(index) for index in range(20)} == {0, 1}
-    assert {rows.picture(index) for index in range(20, 25)} == set(range(5))
-    plain = Rows("pretrain", features, processor, 2, seed=0)
+    many = Rows("finetune", np.zeros((40_000, 1, 1)), processor, 100_000, batch_size=32, seed=0)
+    taken = np.array([many.picture(index) for index in range(25_000, 65_000)])
+    assert np.bincount(taken, minlength=40_000).max() <= 2 and len(set(taken)) > 0.7 * 40_000
+    # Any few steps hold easy pictures and others as all do.
+    assert np.all(np.abs((taken < 12_000).reshape(-1, 200).mean(axis=1) - 0.3) < 0.02)
+    plain = Rows("pretrain", features, processor, 2, batch_size=4, seed=0)
     assert plain.turns(1) == [("", caption(training_scene(plain.picture(1), 5)))]
     batch = SideBySide(processor)([plain[0], plain[1]])
     assert batch["vision_features"].shape == (2, 64, 128) and batch["input_ids"].shape == (2, 136)
@@ -172,8 +176,9 @@ def test_rows_of_both_stages(untrained, tmp_path):
 def test_questions_side_by_side_are_answered_as_if_alone(untrained):
     processor, model = untrained
     features = np.random.default_rng(0).normal(size=(5, 64, 128)).astype(np.float16)
-    rows = Rows("finetune", features, processor, 80, seed=0)
+    rows = Rows("finetune", features, processor, 80, batch_size=4, seed=0)
     items = [rows[50], rows[51], rows[70]]
+    assert [len(rows.turns(index)) > 1 for index in (50, 51, 70)] == [True, True, False]
     batch = SideBySide(processor)(items)
     assert batch["input_ids"].shape == (3, 256)
     with torch.no_grad():

@@ -67,17 +67,18 @@ PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
 # Scenes in a group of contrastive learning.
 GROUP = 4
-# What needs more questions than the rest comes twice.
-TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, *EXERCISES, "count", "position", "side", "same")
+# What needs more questions than the rest comes two or three times.
+TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "both", "size", "count", *("position", "side", "same") * 2)
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
-# Prime, so that a walk of such steps meets every picture.
-STRIDE = 1_000_003
+# Steps of this share of all pictures meet each equally often, and neighbours are as different as any two.
+STRIDE = (math.sqrt(5) - 1) / 2
 # Tokens of a row of the second stage: questions about one picture side by side, until it is full. What is learned from
-# is the answers, and a picture costs more than twenty of them. The last rows ask one question, as `emma-hf ask` does.
-ROW_TOKENS, SINGLE_ROWS = 256, 0.15
+# is the answers, and a picture costs more than twenty of them. The rows of every third step ask one question, as
+# `emma-hf ask` does: only there is the question that is answered the one that guides the visual tokens.
+ROW_TOKENS, SINGLE_STEPS = 256, 3
 # So many questions are captions instead: they say everything at once, which is most worth at first.
-CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.04
+CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.02
 
 
 @dataclass(frozen=True)
@@ -395,12 +396,15 @@ class Rows(Dataset):
         features: V of the pictures, (pictures, visual tokens, width).
         processor: its tokenizers prepare the words.
         rows: how many.
+        batch_size: of them in a step.
         seed: of the words.
     """
 
-    def __init__(self, stage: str, features: np.ndarray, processor: EmmaProcessor, rows: int, seed: int) -> None:
+    def __init__(
+        self, stage: str, features: np.ndarray, processor: EmmaProcessor, rows: int, batch_size: int, seed: int
+    ) -> None:
         self.stage, self.features, self.processor = stage, features, processor
-        self.rows, self.seed = rows, seed
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self._encoded = cache(self._encode)
         # Tokens of system turn and picture.
         some_ids, _ = self._encode("?" if stage == "finetune" else "", "!")
@@ -410,9 +414,9 @@ class Rows(Dataset):
         return self.rows
 
     def picture(self, index: int) -> int:
-        """Which picture a row is about: all take their turn, and neighbours are as different as any two."""
+        """Which picture a row is about: all take their turn."""
         easy = self.stage == "finetune" and index < EASY_ROWS * self.rows
-        return index * STRIDE % max(1, round((EASY_PICTURES if easy else 1) * len(self.features)))
+        return int(index * STRIDE % 1 * max(1, round((EASY_PICTURES if easy else 1) * len(self.features))))
 
     def turns(self, index: int) -> list[tuple[str, str]]:
         """What is asked about the picture of a row, and the answers."""
@@ -431,7 +435,7 @@ class Rows(Dataset):
             if used > ROW_TOKENS:
                 return turns
             turns.append(turn)
-            if index >= (1 - SINGLE_ROWS) * self.rows:
+            if (index // self.batch_size + 1) % SINGLE_STEPS == 0:
                 return turns
 
     def _question(self, scene: Scene, chance: Chance) -> tuple[str, str]:
@@ -592,7 +596,7 @@ def _train_stage(
     trainer = InOrderEmma(
         model=model,
         args=_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, more),
-        train_dataset=Rows(stage, features, processor, rows, seed),
+        train_dataset=Rows(stage, features, processor, rows, budget.batch_size, seed),
         data_collator=SideBySide(processor),
         processing_class=processor,
         group_by_modality=False,
