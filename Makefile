@@ -1,4 +1,5 @@
-# Two environments, one per supported Transformers line; everything else is a thin wrapper around pytest and ruff.
+# Two environments for tests, one per supported Transformers line, and one that holds what a user installs and no more;
+# everything else is a thin wrapper around pytest and ruff.
 PYTHON ?= python3
 VERSION_t5 := 5.23.0
 VERSION_t4 := 4.57.6
@@ -11,10 +12,10 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: ask test test-slow lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
 
 # The main job: a picture and a question in, an answer out.
-ask: .venv/t5/ready
+ask: .venv/user/ready
 	@mkdir -p build
-	@.venv/t5/bin/emma-hf tiny draw build/scene.png
-	@.venv/t5/bin/emma-hf ask build/scene.png "How many things are there?"
+	@.venv/user/bin/emma-hf tiny draw build/scene.png
+	@.venv/user/bin/emma-hf ask build/scene.png "How many things are there?"
 
 test: $(ENVIRONMENTS:%=test-%)
 
@@ -36,6 +37,12 @@ lint: .venv/t5/ready
 format: .venv/t5/ready
 	.venv/t5/bin/ruff check --fix .
 	.venv/t5/bin/ruff format .
+
+.venv/user/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv --clear .venv/user
+	.venv/user/bin/python -m pip install -q -c constraints.txt torch
+	.venv/user/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_t5) -e .
+	touch $@
 
 # open_clip is the independent check of the instruction tokens; its own requirements (torchvision) are not wanted.
 .venv/%/ready: pyproject.toml constraints.txt Makefile

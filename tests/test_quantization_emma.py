@@ -285,6 +285,8 @@ def test_every_way_to_generate(name, inputs):
         assert torch.equal(model.generate(**inputs, **greedy, **options), expected), options
     assistant = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.bfloat16).eval()
     assert torch.equal(model.generate(**inputs, **greedy, assistant_model=assistant), expected)
+    # After "ASSISTANT:" the prompt's own "USER:" is found, and behind it the picture, which must not be proposed.
+    assert torch.equal(model.generate(**inputs, **greedy, prompt_lookup_num_tokens=2), expected)
     features = {"vision_features": model.get_vision_features(inputs["pixel_values"].bfloat16())}
     words = {key: value for key, value in inputs.items() if key != "pixel_values"}
     assert torch.equal(model.generate(**words, **features, **greedy), expected)

@@ -155,7 +155,7 @@ def convert(
         config.dtype = most_common_dtype(tensors.values())
         _processor(source, clip, authors, config).save_pretrained(folder)
         config.save_pretrained(folder)
-        _generation_config(config).save_pretrained(folder)
+        generation_config(config).save_pretrained(folder)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
         write_shards(folder, tensors, limit, progress)
@@ -450,7 +450,8 @@ def _instruction_tokenizer(source: Path, clip: Path) -> Any:
         return load_instruction_tokenizer(clip)
 
 
-def _generation_config(config: EmmaConfig) -> GenerationConfig:
+def generation_config(config: EmmaConfig) -> GenerationConfig:
+    """What `generate` must know of a model: its special tokens, and that it never says the placeholder."""
     text = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,

@@ -31,7 +31,7 @@ from transformers import (
 
 from .compat_emma import WARMUP_SHARE, core_of
 from .configuration_emma import EmmaConfig
-from .conversion import prompt_tokenizer
+from .conversion import generation_config, prompt_tokenizer
 from .crash_safety import CrashSafety, last_complete_checkpoint
 from .data import IGNORED, SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
@@ -571,6 +571,7 @@ def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaFor
         instruction_length=processor.instruction_length,
     )
     model = EmmaForConditionalGeneration(config)
+    model.generation_config = generation_config(config)
     core_of(model.model.vision_tower).load_state_dict(core_of(clip.vision_model).state_dict())
     core_of(model.model.instruction_encoder).load_state_dict(core_of(clip.text_model).state_dict())
     return model
