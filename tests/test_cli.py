@@ -44,6 +44,26 @@ def test_several_pictures_and_an_instruction(converted, photo, capfd):
     assert ask("--instruction", "the hat", photo, "Who?", model=converted) == 0
 
 
+def test_several_questions_encode_the_picture_once(capfd, monkeypatch, tmp_path):
+    from emma_hf import EmmaModel
+
+    picture = tmp_path / "scene.png"
+    assert main(["tiny", "draw", str(picture), "--seed", "3"]) == 0
+    asked = ["How many things are there?", "Is there a star?", "What does the picture show?"]
+    expected = []
+    for question in asked:
+        assert main(["ask", str(picture), question]) == 0
+        expected.append(capfd.readouterr().out.strip())
+    encoded = []
+    original = EmmaModel.get_vision_features
+    monkeypatch.setattr(
+        EmmaModel, "get_vision_features", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
+    )
+    assert main(["ask", str(picture), asked[0], "--question", asked[1], "--question", asked[2]]) == 0
+    assert capfd.readouterr().out.split("\n")[:3] == expected
+    assert encoded == [1]
+
+
 def test_a_chat_keeps_its_cache(converted, photo, capfd, stdin, monkeypatch):
     from emma_hf import EmmaForConditionalGeneration, EmmaModel
 

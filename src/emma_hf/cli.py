@@ -51,9 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--reverse", action="store_true", help="write the authors' layout")
     convert.set_defaults(run=_convert)
 
-    ask = commands.add_parser("ask", help="answer one question about one picture or several")
+    ask = commands.add_parser("ask", help="answer a question about one picture or several")
     _add_model_arguments(ask)
     ask.add_argument("--image", action="append", default=[], metavar="IMAGE", help=f"one more picture: {IMAGE_HELP}")
+    ask.add_argument(
+        "--question", action="append", default=[], metavar="QUESTION", help="one more question about the same pictures"
+    )
     ask.add_argument("inputs", nargs="+", metavar="IMAGE QUESTION", help=f"picture ({IMAGE_HELP}) and question")
     ask.set_defaults(run=_ask)
 
@@ -166,7 +169,12 @@ def _ask(args: argparse.Namespace) -> None:
             f"`ask` takes IMAGE QUESTION, and one `--image` for each further picture: got {len(args.inputs)} words "
             f"and {len(args.image)} `--image`. Quote the question."
         )
-    _Chat(args, [_read(image) for image in images]).answer(question)
+    chat = _Chat(args, [_read(image) for image in images])
+    if args.question:
+        chat.encode_images()
+    for asked in (question, *args.question):
+        chat.start_over()
+        chat.answer(asked)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -205,18 +213,28 @@ class _Chat:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
         self.args = args
-        self.cache = None
-        self.cached_ids: list[int] = []
+        self.start_over()
+        self.encoding: Any = None
         self.processor = EmmaProcessor.from_pretrained(args.model)
         # Read the pictures before the weights: a wrong path is told at once.
         self.images = self.processor.image_processor.fetch_images(images)
-        self.messages: list[dict[str, Any]] = []
         options: dict[str, Any] = {}
         if args.quantization is not None:
             options = {"quantization_config": bitsandbytes_config(args.quantization), "device_map": {"": device}}
         model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, **options)
         # Quantized weights are put where they belong while they are read.
         self.model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+
+    def start_over(self) -> None:
+        """Forget what was said."""
+        self.cache = None
+        self.cached_ids: list[int] = []
+        self.messages: list[dict[str, Any]] = []
+
+    def encode_images(self) -> None:
+        """Encode the pictures once, for all questions that follow."""
+        pixels = self.processor.image_processor(self.images, return_tensors="pt")["pixel_values"]
+        self.encoding = self.model.encode_image(pixels.to(self.model.device, self.model.dtype))
 
     def answer(self, question: str) -> None:
         """Stream the answer to one question, and remember both."""
@@ -249,7 +267,11 @@ class _Chat:
         inputs = self.processor(
             images=self.images, text=prompt, instructions=self.args.instruction, return_tensors="pt"
         )
-        return inputs.to(self.model.device, self.model.dtype)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        if self.encoding is not None:
+            del inputs["pixel_values"]
+            inputs["image_features"] = self.encoding.image_features(inputs.pop("instruction_input_ids"))
+        return inputs
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

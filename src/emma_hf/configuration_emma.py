@@ -24,7 +24,9 @@ HUB_FILES = (
     "instruction_emma.py",
     "compat_emma.py",
     "execution_emma.py",
+    "image_encoding_emma.py",
     "loading_emma.py",
+    "outputs_emma.py",
     "quantization_emma.py",
 )
 

@@ -1,4 +1,6 @@
-"""Where weights lie, whether they need gradients, and which processes wait for each other."""
+"""Where weights lie, whether they need gradients, which processes wait for each other, what need not be done twice."""
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -31,4 +33,39 @@ def steps_together(model: nn.Module) -> bool:
     return model.training or any(spread)
 
 
-__all__ = ["device_of", "needs_grad", "steps_together"]
+def distinct_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The different rows of `ids` (rows, tokens), and for each row which of them it is, (rows,).
+
+    Where no row repeats, or nothing can be known of them (compiled, on the meta device), `ids` and None.
+    """
+    if torch.compiler.is_compiling() or ids.is_meta or ids.shape[0] < 2:
+        return ids, None
+    distinct, places = torch.unique(ids, dim=0, return_inverse=True)
+    return (distinct, places) if len(distinct) < len(ids) else (ids, None)
+
+
+def both(first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], device: torch.device) -> tuple:
+    """What two functions return that do not need each other, computed at the same time on a CUDA device.
+
+    Only where nothing is recorded for gradients, compiled or captured: these need one order of things.
+    """
+    alone = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if device.type != "cuda" or alone or torch.cuda.is_current_stream_capturing():
+        return first(), second()
+    current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        one = first()
+    other = second()
+    current.wait_stream(aside)
+    # Its memory was taken on the other stream and must not be reused there before this one has read it.
+    one.record_stream(current)
+    return one, other
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is what it seems: not quantized, adapted or offloaded, its weight can be used directly."""
+    return type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and not linear.weight.is_meta
+
+
+__all__ = ["both", "device_of", "distinct_rows", "is_plain", "needs_grad", "steps_together"]

@@ -1,6 +1,5 @@
 """EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModel, CLIPTextModel, CLIPVisionModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -25,52 +24,14 @@ from .compat_emma import (
     tower_key_mapping,
 )
 from .configuration_emma import EmmaConfig
-from .execution_emma import device_of, needs_grad, steps_together
+from .execution_emma import both, device_of, distinct_rows, needs_grad, steps_together
+from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
+from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast
 from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
 
 # What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
-
-
-@dataclass
-class EmmaModelOutputWithPast(ModelOutput):
-    """Output of [`EmmaModel`].
-
-    Args:
-        last_hidden_state: (batch, tokens, text width), after the language model's final norm.
-        past_key_values: the language model's cache, where `use_cache` is on.
-        hidden_states: one (batch, tokens, text width) per layer and the embeddings, where asked for.
-        attentions: one (batch, heads, tokens, tokens) per layer, where asked for.
-        image_hidden_states: (images, visual tokens, text width), what replaced the placeholders.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class EmmaCausalLMOutputWithPast(ModelOutput):
-    """Output of [`EmmaForConditionalGeneration`].
-
-    Args:
-        loss: scalar, where `labels` are given.
-        logits: (batch, tokens or `logits_to_keep`, vocabulary).
-        past_key_values: the language model's cache, where `use_cache` is on.
-        hidden_states: one (batch, tokens, text width) per layer and the embeddings, where asked for.
-        attentions: one (batch, heads, tokens, tokens) per layer, where asked for.
-        image_hidden_states: (images, visual tokens, text width), what replaced the placeholders.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class EmmaVisualAlignment(nn.Module):
@@ -252,13 +213,31 @@ class EmmaModel(EmmaPreTrainedModel):
         core = core_of(encoder)
         weight = core.embeddings.token_embedding.weight
         instruction_input_ids = instruction_input_ids.to(device_of(weight, instruction_input_ids))
+        # One question about several pictures is read once.
+        instruction_input_ids, rows = distinct_rows(instruction_input_ids)
         with torch.set_grad_enabled(needs_grad(encoder)):
             hidden_states = core.embeddings(input_ids=instruction_input_ids)
             mask = clip_causal_mask(encoder.config, hidden_states)
             for layer in core.encoder.layers[:layers]:
                 hidden_states = clip_layer(layer, hidden_states, mask=mask, causal=True)
         kept = {"full": slice(None), "patch": slice(1, None), "cls": slice(0, 1)}
-        return hidden_states[:, kept[self.config.instruction_feature_select_strategy]]
+        hidden_states = hidden_states[:, kept[self.config.instruction_feature_select_strategy]]
+        return hidden_states if rows is None else hidden_states[rows]
+
+    def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
+        """Encode pictures once, for any number of questions about them.
+
+        Args:
+            pixel_values: (images, 3, height, width), floating point, as the image processor makes them.
+
+        Returns:
+            An [`EmmaImageEncoding`]: `.image_features(instruction_input_ids)` is what `forward` and `generate` take as
+            `image_features`.
+
+        Raises:
+            ValueError: see `get_vision_features`.
+        """
+        return EmmaImageEncoding(self, self.get_vision_features(pixel_values))
 
     @can_return_tuple
     def get_image_features(
@@ -294,9 +273,14 @@ class EmmaModel(EmmaPreTrainedModel):
             vision_features = self._select_vision_tokens(tower.hidden_states[self.config.vision_feature_layer])
             hidden_states = tower.hidden_states if output_hidden_states else None
             attentions = tower.attentions
-        elif vision_features is None:
-            vision_features = self.get_vision_features(pixel_values)
-        instruction_features = self.get_instruction_features(instruction_input_ids)
+        if vision_features is None:
+            instruction_features, vision_features = both(
+                lambda: self.get_instruction_features(instruction_input_ids),
+                lambda: self.get_vision_features(pixel_values),
+                core_of(self.vision_tower).embeddings.patch_embedding.weight.device,
+            )
+        else:
+            instruction_features = self.get_instruction_features(instruction_input_ids)
         fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features,
@@ -549,6 +533,10 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     def get_instruction_features(self, instruction_input_ids: torch.Tensor) -> torch.Tensor:
         """Instruction H (images, T, instruction width); see [`EmmaModel.get_instruction_features`]."""
         return self.model.get_instruction_features(instruction_input_ids)
+
+    def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
+        """Pictures encoded once, for any number of questions; see [`EmmaModel.encode_image`]."""
+        return self.model.encode_image(pixel_values)
 
     def get_image_features(
         self,
