@@ -103,7 +103,9 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
         "above": first.y < second.y,
         "below": first.y > second.y,
     }
-    if family == "position":
+    if family == "left":
+        assert words["r"] in ("left of", "above")
+    if family in ("position", "left"):
         return "Yes" if holds[words["r"].removesuffix(" of")] else "No"
     ways = [way.removesuffix(" of") for way in (words["r"], words["q"])]
     return next(way for way in ways if holds[way]).capitalize()

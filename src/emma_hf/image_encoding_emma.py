@@ -50,8 +50,8 @@ class EmmaImageEncoding:
         images, questions = len(self), instruction_input_ids.shape[0]
         if images != questions and 1 not in (images, questions):
             raise ValueError(
-                "Pass one row of `instruction_input_ids` for each encoded picture, one row for all, or any number about one "
-                f"picture: got {questions} rows and {images} pictures."
+                "Pass one row of `instruction_input_ids` for each picture, one row for all, or any number about "
+                f"one picture: got {questions} rows and {images} pictures."
             )
         if self._projected is None:
             rows = max(images, questions)

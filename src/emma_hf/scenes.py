@@ -323,8 +323,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Tell me the {k}s of the {a} and the {b}.",),
     ),
 }  # fmt: skip
-# Asked in training alone: what a comparison must know of each thing is learned sooner as an answer of its own.
-EXERCISES = ("place", "places", "both")
+WORDINGS["left"] = WORDINGS["position"]
+# Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own; and where
+# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
+EXERCISES = ("place", "places", "both", "left")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -523,6 +525,15 @@ def _position(scene: Scene, chance: Chance) -> Made:
     return {"a": a, "b": b, "r": OPPOSITES[relation]}, "no", about
 
 
+def _left(scene: Scene, chance: Chance) -> Made:
+    found = _related(scene, chance)
+    if found is None:
+        return None
+    a, b, relation, about = found
+    asked = relation if relation in ("left of", "above") else OPPOSITES[relation]
+    return {"a": a, "b": b, "r": asked}, "yes" if asked == relation else "no", about
+
+
 def _side(scene: Scene, chance: Chance) -> Made:
     found = _related(scene, chance)
     if found is None:
@@ -557,6 +568,7 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "place": _place,
     "places": _attributes_of_two("place"),
     "both": _attributes_of_two("colour", "shape", "size"),
+    "left": _left,
 }
 
 
