@@ -95,6 +95,9 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
         return f"{nine_parts(first)} and {nine_parts(second)}".capitalize()
     if family == "both":
         return f"{getattr(first, words['k'])} and {getattr(second, words['k'])}".capitalize()
+    if family == "shared":
+        found = {getattr(first, words["k"]), getattr(second, words["k"])}
+        return (found.pop() if len(found) == 1 else "none").capitalize()
     if family == "same":
         return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) else "No"
     holds = {

@@ -322,11 +322,16 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("What {k}s do the {a} and the {b} have?", "The {a} and the {b}: what {k}s do they have?"),
         ("Tell me the {k}s of the {a} and the {b}.",),
     ),
+    "shared": (
+        ("Which {k} do the {a} and the {b} share?", "The {a} and the {b}: which {k} do they share?"),
+        ("Tell me the {k} that the {a} and the {b} share.",),
+    ),
 }  # fmt: skip
 WORDINGS["left"] = WORDINGS["position"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
-# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
-EXERCISES = ("place", "places", "both", "left")
+# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it; and
+# what two things share is a word of each of them, while whether they share it is a word of none.
+EXERCISES = ("place", "places", "both", "left", "shared")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -543,17 +548,35 @@ def _side(scene: Scene, chance: Chance) -> Made:
     return {"a": a, "b": b, "r": first.removesuffix(" of"), "q": second}, relation.removesuffix(" of"), about
 
 
-def _same(scene: Scene, chance: Chance) -> Made:
+def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing] | None:
+    """An attribute, two things in words that do not say it, and the things."""
     # Asked only where both answers can be had: more scenes have things that differ than things that are alike.
-    made: dict[bool, Made] = {}
+    made: dict[bool, tuple[str, str, str, Thing, Thing]] = {}
     for _ in range(12):
         name = chance.one(("colour", "shape", "size"))
         found = _two(scene, chance, name)
         if found is not None:
             (a, first), (b, second) = found
-            same = getattr(first, name) == getattr(second, name)
-            made[same] = {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+            made[getattr(first, name) == getattr(second, name)] = name, a, b, first, second
     return made[chance.maybe()] if len(made) == 2 else None
+
+
+def _same(scene: Scene, chance: Chance) -> Made:
+    found = _compared(scene, chance)
+    if found is None:
+        return None
+    name, a, b, first, second = found
+    same = getattr(first, name) == getattr(second, name)
+    return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+
+
+def _shared(scene: Scene, chance: Chance) -> Made:
+    found = _compared(scene, chance)
+    if found is None:
+        return None
+    name, a, b, first, second = found
+    shared = getattr(first, name) if getattr(first, name) == getattr(second, name) else "none"
+    return {"a": a, "b": b, "k": name}, shared, [first.pair, second.pair]
 
 
 _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
@@ -569,6 +592,7 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "places": _attributes_of_two("place"),
     "both": _attributes_of_two("colour", "shape", "size"),
     "left": _left,
+    "shared": _shared,
 }
 
 

@@ -68,7 +68,7 @@ CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_00
 # Scenes in a group of contrastive learning.
 GROUP = 4
 # What needs more questions than the rest comes two or three times.
-TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "both", "size", "count", *("left", "position", "side", "same") * 2)
+TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "size", "count", *("left", "position", "same", "shared") * 2)
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
 # Steps of this share of all pictures meet each equally often, and neighbours are as different as any two.
