@@ -329,8 +329,8 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 WORDINGS["left"] = WORDINGS["position"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
-# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it; and
-# what two things share is a word of each of them, while whether they share it is a word of none.
+# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
+# And what two things share is a word of each of them, while whether they share it is a word of none.
 EXERCISES = ("place", "places", "both", "left", "shared")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
