@@ -3,9 +3,9 @@
     P = GELU(H Wp^T + bp)     instruction projection
     F = Wa [V ; P] + ba       visual alignment, on the token axis
 
-Plain PyTorch joins V and P, turns the result so that its tokens come last, multiplies, adds and turns back. Here the sum
-over tokens runs first over those of V and then over those of P, where they lie. Everything is summed in float32 and
-rounded once. Backward passes use no atomics: the same inputs give the same bits.
+Plain PyTorch joins V and P, turns the result so that its tokens come last, multiplies, adds and turns back. Here the
+sum over tokens runs first over those of V and then over those of P, where they lie. Everything is summed in float32
+and rounded once. Backward passes use no atomics: the same inputs give the same bits.
 
 Each operation is a `torch.library.custom_op`. On CUDA it runs in Triton. On a CPU it is the reference, or, where
 `TRITON_INTERPRET=1` was set before triton was imported, what runs on CUDA in Triton's interpreter.
@@ -13,7 +13,6 @@ Each operation is a `torch.library.custom_op`. On CUDA it runs in Triton. On a C
 
 import math
 import re
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -121,9 +120,15 @@ def runs_fused(
 def fused_adaptation(
     adaptation: nn.Module, vision_features: torch.Tensor, instruction_features: torch.Tensor
 ) -> torch.Tensor:
-    """F (images, N, vision width) from the kernels, of V (images, N, vision width) and H (images, T, instruction width).
+    """F (images, N, vision width) from the kernels.
 
-    All in the dtype of the weights, or in that of autocast where it is on.
+    Args:
+        adaptation: with `instruction_projection` and `visual_alignment`, for which [`runs_fused`] is true.
+        vision_features: V (images, N, vision width).
+        instruction_features: H (images, T, instruction width).
+
+    Returns:
+        F in the dtype of the weights, or in that of autocast where it is on.
     """
     projection, alignment = adaptation.instruction_projection, adaptation.visual_alignment
     device, dtype = vision_features.device.type, alignment.weight.dtype
@@ -145,7 +150,8 @@ def _obstacle(adaptation: nn.Module, vision_features: torch.Tensor, instruction_
     for name, kind in (("instruction_projection", nn.Linear), ("visual_alignment", EmmaVisualAlignment)):
         module = getattr(adaptation, name)
         if type(module) is not kind:
-            return f"`{name}` must be a plain {kind.__name__}, and is a {type(module).__name__}; merge or unwrap it"
+            found = f"{type(module).__module__}.{type(module).__name__}"
+            return f"`{name}` must be a plain {kind.__name__}: got {found}; merge or unwrap it"
         if _is_hooked(module):
             return f"`{name}` must be called for its hooks (offloading, ZeRO-3, yours); remove them"
         for parameter in (module.weight, module.bias):
@@ -167,7 +173,6 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
 def _device_runs_kernels(kind: str, index: int | None) -> bool:
     if kind != "cuda":
         return kind == "cpu" and INTERPRETED
@@ -299,7 +304,9 @@ if triton is not None:
             image = (step // steps).to(tl.int64)
             column = step % steps * DEPTH + depth
             in_width = column < width
-            g = tl.load(g_rows + image * g_image + column[None, :] * g_width, mask=in_row & in_width[None, :], other=0.0)
+            g = tl.load(
+                g_rows + image * g_image + column[None, :] * g_width, mask=in_row & in_width[None, :], other=0.0
+            )
             x_ptrs = x_rows + image * x_image + column[:, None] * x_width
             x = tl.load(x_ptrs, mask=in_token & in_width[:, None], other=other)
             total = _multiply_add(g, x, total, UPCAST)
@@ -477,9 +484,7 @@ def _(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch
 
 
 @torch.library.custom_op(f"{NAMESPACE}::gelu_gradient", mutates_args=(), device_types=("cpu", "cuda"))
-def gelu_gradient(
-    grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+def gelu_gradient(grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Gradient of `A = H Wp^T + bp`, whose GELU is P: `grad * GELU'(A)`, (images, T, vision width), contiguous.
 
     A is computed anew, which costs less than keeping it.
@@ -532,9 +537,7 @@ def visual_alignment(
 
 
 @visual_alignment.register_fake
-def _(
-    vision_features: torch.Tensor, projected: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+def _(vision_features: torch.Tensor, projected: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(vision_features, memory_format=torch.contiguous_format)
 
 
@@ -570,9 +573,7 @@ def weight_gradient(
 
 
 @weight_gradient.register_fake
-def _(
-    grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     visual = vision_features.shape[1]
     return grad.new_empty(visual, visual + projected.shape[1]), grad.new_empty(visual)
 
