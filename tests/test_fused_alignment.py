@@ -436,6 +436,7 @@ def test_two_copies_of_the_file_live_side_by_side():
     fused.triton is None or fused.INTERPRETED or sys.platform != "linux",
     reason="needs triton, not interpreted, whose compiler needs no GPU (make test-kernels)",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 64])
 def test_the_compiler_makes_what_was_meant(images, monkeypatch, tmp_path):
     """For a GPU that is not there: tensor cores, weights read sixteen bytes at a time, no register spilled."""
