@@ -57,20 +57,27 @@ def operands(size: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) ->
     images, visual, instruction, width, width_in = size
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+    def normal(*shape: int, scale: float = 1) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    tensors = [
-        normal(images, visual + 1, width)[:, 1:],
-        normal(images, instruction + 1, width_in)[:, 1:],
-        normal(width, width_in) / width_in**0.5,
+    return [
+        within_poison(normal(images, visual, width)),
+        within_poison(normal(images, instruction, width_in)),
+        normal(width, width_in, scale=width_in**-0.5),
         normal(width),
-        normal(visual, visual + instruction) / (visual + instruction) ** 0.5,
+        normal(visual, visual + instruction, scale=(visual + instruction) ** -0.5),
         normal(visual),
         normal(images, visual, width),
     ]
-    # `Tensor.to` keeps the strides.
-    return [tensor.to(device, dtype) for tensor in tensors]
+
+
+def within_poison(tokens: torch.Tensor) -> torch.Tensor:
+    """The same tokens, with NaN before, behind and beside them in memory."""
+    images, count, width = tokens.shape
+    around = tokens.new_full((images, count + 2, width + 2), torch.nan)
+    inside = around[:, 1:-1, 1:-1]
+    inside.copy_(tokens)
+    return inside
 
 
 def run(operations, tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -135,6 +142,19 @@ def test_any_strides(dtype):
     # The gradient of a sum is one number, spread without memory.
     tensors[-1] = torch.ones((), dtype=dtype, device=DEVICE).expand_as(grad)
     assert_as_exact_as_eager(tensors)
+
+
+@needs_kernels
+def test_nothing_beside_an_operand_is_read():
+    v, _, _, _, wa, ba, grad = operands((2, 6, 5, 7, 1), torch.float32)
+    p, grad = within_poison(torch.randn_like(v[:, :5])), within_poison(grad)
+    wa, bias = within_poison(wa[None])[0], within_poison(ba[None, :, None])[0, :, 0]
+    leaves = [leaf.requires_grad_() for leaf in (v, p, wa, bias)]
+    ours = fused.visual_alignment(*leaves)
+    plain = fused.visual_alignment_reference(*leaves)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(plain, leaves, grad)):
+        torch.testing.assert_close(one, other)
 
 
 @needs_kernels
