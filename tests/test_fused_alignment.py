@@ -185,6 +185,7 @@ def test_no_picture(dtype):
     assert all(grad.dtype == dtype and not grad.any() for grad in grads)
 
 
+@pytest.mark.slow
 def test_the_operations_are_well_made():
     v, h, wp, bp, wa, ba, grad = [tensor.cpu() for tensor in operands((2, 5, 3, 4, 2), torch.float32)]
     leaves = [tensor.clone().requires_grad_() for tensor in (v, h, wp, bp, wa, ba)]

@@ -287,18 +287,13 @@ if triton is not None:
     def _sum_of_products(
         g_ptr, x_ptr, row, rows, token, tokens, first, last, steps, width,
         g_image, g_token, g_width, x_image, x_token, x_width,
-        ONES: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+        UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """`g x^T` summed over images and width, from step `first` to `last`; each image has `steps`.
-
-        Where ONES, x has one more token, all ones.
-        """
+        """`g x^T` summed over images and width, from step `first` to `last`; each image has `steps`."""
         depth = tl.arange(0, DEPTH)
         g_rows = g_ptr + row[:, None] * g_token
         x_rows = x_ptr + token[None, :] * x_token
         in_row, in_token = (row < rows)[:, None], (token < tokens)[None, :]
-        # A masked load gives this in place of what it does not read.
-        other = tl.where(token == tokens, 1.0, 0.0)[None, :] if ONES else 0.0
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for step in range(first, last):
             image = (step // steps).to(tl.int64)
@@ -308,7 +303,7 @@ if triton is not None:
                 g_rows + image * g_image + column[None, :] * g_width, mask=in_row & in_width[None, :], other=0.0
             )
             x_ptrs = x_rows + image * x_image + column[:, None] * x_width
-            x = tl.load(x_ptrs, mask=in_token & in_width[:, None], other=other)
+            x = tl.load(x_ptrs, mask=in_token & in_width[:, None], other=0.0)
             total = _multiply_add(g, x, total, UPCAST)
         return total
 
@@ -319,12 +314,12 @@ if triton is not None:
         grad_image, grad_token, grad_width, v_image, v_token, v_width, p_image, p_token, p_width,
         UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
-        """One part of the sum `G [V ; P ; 1]^T` over images and width: gradients of Wa and, last column, of ba.
+        """One part of the sum `G [V ; P]^T` over images and width: the gradient of Wa.
 
-        out is (parts, visual, visual + instruction + 1), contiguous.
+        out is (parts, visual, visual + instruction), contiguous.
         """
         row_blocks, v_blocks = tl.cdiv(visual, ROWS), tl.cdiv(visual, COLUMNS)
-        column_blocks = v_blocks + tl.cdiv(instruction + 1, COLUMNS)
+        column_blocks = v_blocks + tl.cdiv(instruction, COLUMNS)
         block = tl.program_id(0)
         row = block % row_blocks * ROWS + tl.arange(0, ROWS)
         column_block = block // row_blocks % column_blocks
@@ -335,18 +330,18 @@ if triton is not None:
             token = column_block * COLUMNS + tl.arange(0, COLUMNS)
             total = _sum_of_products(
                 grad_ptr, v_ptr, row, visual, token, visual, first, last, steps, width,
-                grad_image, grad_token, grad_width, v_image, v_token, v_width, False, UPCAST, ROWS, COLUMNS, DEPTH,
+                grad_image, grad_token, grad_width, v_image, v_token, v_width, UPCAST, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
             column, end = token, visual
         else:
             token = (column_block - v_blocks) * COLUMNS + tl.arange(0, COLUMNS)
             total = _sum_of_products(
                 grad_ptr, p_ptr, row, visual, token, instruction, first, last, steps, width,
-                grad_image, grad_token, grad_width, p_image, p_token, p_width, True, UPCAST, ROWS, COLUMNS, DEPTH,
+                grad_image, grad_token, grad_width, p_image, p_token, p_width, UPCAST, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
-            column, end = visual + token, visual + instruction + 1
+            column, end = visual + token, visual + instruction
         out_row = part * visual + row
-        out_ptrs = out_ptr + out_row.to(tl.int64)[:, None] * (visual + instruction + 1) + column[None, :]
+        out_ptrs = out_ptr + out_row.to(tl.int64)[:, None] * (visual + instruction) + column[None, :]
         tl.store(out_ptrs, total, mask=(row < visual)[:, None] & (column < end)[None, :])
 
     INTERPRETED = not isinstance(_projection_kernel, triton.JITFunction)
@@ -439,29 +434,25 @@ def _token_product(
     return out
 
 
-def _weight_gradient(
-    grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of Wa (N, N + T) and ba (N). Parts of the sum are kept in float32 and added in a fixed order."""
+def _weight_gradient(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+    """Gradient of Wa (N, N + T). Parts of the sum are kept in float32 and added in a fixed order."""
     (images, visual, width), instruction = vision_features.shape, projected.shape[1]
     # The sum is long, so that parts of it keep a GPU busy whatever the blocks; large ones read less.
     blocks = _blocks(grad.dtype, visual, width, images)
     steps = math.ceil(width / blocks.depth)
     tiles = math.ceil(visual / blocks.rows) * (
-        math.ceil(visual / blocks.columns) + math.ceil((instruction + 1) / blocks.columns)
+        math.ceil(visual / blocks.columns) + math.ceil(instruction / blocks.columns)
     )
     parts = max(1, min(PROGRAMS // tiles, images * steps // STEPS))
     steps_each = math.ceil(images * steps / parts)
     parts = math.ceil(images * steps / steps_each)
-    sums = grad.new_empty(parts, visual, visual + instruction + 1, dtype=torch.float32)
+    sums = grad.new_empty(parts, visual, visual + instruction, dtype=torch.float32)
     _launch(
         _weight_gradient_kernel, tiles * parts, blocks, grad, vision_features, projected, sums,
         visual, instruction, width, images * steps, steps, steps_each,
         *grad.stride(), *vision_features.stride(), *projected.stride(),
     )  # fmt: skip
-    total = sums.sum(0)
-    dense = {"dtype": grad.dtype, "copy": True, "memory_format": torch.contiguous_format}
-    return total[:, :-1].to(**dense), total[:, -1].to(**dense)
+    return sums.sum(0).to(grad.dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::instruction_projection", mutates_args=(), device_types=("cpu", "cuda"))
@@ -562,20 +553,18 @@ def _(grad: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.
 
 
 @torch.library.custom_op(f"{NAMESPACE}::weight_gradient", mutates_args=(), device_types=("cpu", "cuda"))
-def weight_gradient(
-    grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of Wa (N, N + T) and ba (N,), contiguous, for that of F (images, N, width)."""
+def weight_gradient(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+    """Gradient of Wa (N, N + T), contiguous, for that of F (images, N, width)."""
     if _in_kernels(grad):
         return _weight_gradient(grad, vision_features, projected)
     tokens = torch.cat([vision_features, projected], dim=1)
-    return torch.einsum("ind,itd->nt", grad, tokens).contiguous(), grad.sum((0, 2))
+    return torch.einsum("ind,itd->nt", grad, tokens).contiguous()
 
 
 @weight_gradient.register_fake
-def _(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
     visual = vision_features.shape[1]
-    return grad.new_empty(visual, visual + projected.shape[1]), grad.new_empty(visual)
+    return grad.new_empty(visual, visual + projected.shape[1])
 
 
 def _save_alignment(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -589,9 +578,10 @@ def _alignment_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | No
     visual, tokens = weight.shape
     grad_vision = token_gradient(grad, weight, 0, visual) if needs_vision else None
     grad_projected = token_gradient(grad, weight, visual, tokens) if needs_projected else None
-    if not (needs_weight or needs_bias):
-        return grad_vision, grad_projected, None, None
-    return grad_vision, grad_projected, *weight_gradient(grad, vision_features, projected)
+    grad_weight = weight_gradient(grad, vision_features, projected) if needs_weight else None
+    # By PyTorch, which adds in pairs: one number after the other, as in the kernels, is less exact in float32.
+    grad_bias = grad.sum((0, 2)) if needs_bias else None
+    return grad_vision, grad_projected, grad_weight, grad_bias
 
 
 visual_alignment.register_autograd(_alignment_backward, setup_context=_save_alignment)
