@@ -9,7 +9,7 @@ PYTEST := -m pytest -n 2
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: ask test test-slow lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
+.PHONY: ask test test-slow test-kernels test-slow-kernels lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
 
 # The main job: a picture and a question in, an answer out.
 ask: .venv/user/ready
@@ -28,6 +28,14 @@ $(ENVIRONMENTS:%=test-%): test-%: $(ENVIRONMENTS:%=.venv/%/ready)
 
 $(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
 	.venv/$*/bin/python $(PYTEST) -m slow
+
+# The kernels in Triton's interpreter, and through its compiler, which needs no GPU.
+test-kernels: .venv/kernels/ready
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/test_fused_alignment.py
+
+test-slow-kernels: .venv/kernels/ready
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/test_fused_alignment.py
+	.venv/kernels/bin/python $(PYTEST) -m slow tests/test_fused_alignment.py
 
 lint: .venv/t5/ready
 	.venv/t5/bin/ruff check .
@@ -50,6 +58,14 @@ format: .venv/t5/ready
 	.venv/$*/bin/python -m pip install -q -c constraints.txt torch
 	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_$*) -e ".[ftfy,lint,test]"
 	.venv/$*/bin/python -m pip install -q --no-deps open_clip_torch==3.3.0
+	touch $@
+
+# Triton takes a gigabyte, and the other tests are to pass without it: an environment of its own that sees t5's packages.
+.venv/kernels/ready: .venv/t5/ready
+	$(PYTHON) -m venv --clear .venv/kernels
+	.venv/kernels/bin/python -m pip install -q -c constraints.txt triton
+	echo "import site; site.addsitedir('$$(.venv/t5/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	> $$(.venv/kernels/bin/python -c 'import site; print(site.getsitepackages()[0])')/t5.pth
 	touch $@
 
 clean:

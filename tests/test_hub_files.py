@@ -12,7 +12,7 @@ from emma_hf.configuration_emma import AUTO_MAP, HUB_FILES
 
 SOURCE = Path(emma_hf.__file__).parent
 ALLOWED = {"torch", "transformers", "numpy", "PIL"} | set(sys.stdlib_module_names)
-GUARDED = {"bitsandbytes", "ftfy", "regex"}
+GUARDED = {"bitsandbytes", "ftfy", "regex", "triton"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "open", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "socket", "subprocess", "urllib", "http", "requests", "importlib", "ctypes"}
 

@@ -594,8 +594,3 @@ def test_features_of_a_wrong_shape_are_named():
         model.get_image_features(vision_features=torch.zeros(1, 17, 32), instruction_input_ids=ids)
     with pytest.raises(ValueError, match=r"`image_features` must be floating point \(images, 16, 48\)"):
         model(input_ids=inputs["input_ids"], image_features=torch.zeros(1, 16, 32))
-
-
-def test_a_fused_path_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="fusion_implementation='triton' is not available"):
-        EmmaForConditionalGeneration(tiny_config(fusion_implementation="triton"))

@@ -24,6 +24,7 @@ HUB_FILES = (
     "instruction_emma.py",
     "compat_emma.py",
     "execution_emma.py",
+    "fused_alignment.py",
     "image_encoding_emma.py",
     "loading_emma.py",
     "outputs_emma.py",
@@ -104,7 +105,8 @@ class EmmaConfig(PretrainedConfig):
         visual_offset: whether a learned (visual tokens, vision width) offset is added to the fused tokens (the
             authors' `encoder_version` v3).
         projector_hidden_act: activation of the projector.
-        fusion_implementation: `"auto"`, `"eager"` or `"triton"`: how the modality adaptation is computed.
+        fusion_implementation: how the modality adaptation is computed: `"eager"` (plain PyTorch), `"triton"` (fused
+            kernels; an error where they cannot run) or `"auto"` (the kernels on CUDA where they can run, else eager).
 
     Raises:
         ValueError: a value outside its choices, or token counts that disagree with the towers.

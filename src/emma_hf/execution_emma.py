@@ -63,9 +63,18 @@ def both(first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], 
     return one, other
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something else happens when `module` is called. accelerate puts a `forward` on the object itself."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear layer is what it seems: not quantized, adapted or offloaded, its weight can be used directly."""
-    return type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and not linear.weight.is_meta
+    """Whether a linear layer is what it seems, so that its weight can be used directly.
+
+    One that is quantized, adapted, offloaded or spread over processes must be called.
+    """
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
 
 
-__all__ = ["both", "device_of", "distinct_rows", "is_plain", "needs_grad", "steps_together"]
+__all__ = ["both", "device_of", "distinct_rows", "is_hooked", "is_plain", "needs_grad", "steps_together"]

@@ -25,6 +25,7 @@ from .compat_emma import (
 )
 from .configuration_emma import EmmaConfig
 from .execution_emma import both, device_of, distinct_rows, needs_grad, steps_together
+from .fused_alignment import EmmaVisualAlignment, check_fusion_implementation, fused_adaptation, runs_fused
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
 from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast
@@ -32,23 +33,6 @@ from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
 
 # What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
-
-
-class EmmaVisualAlignment(nn.Module):
-    """Linear map over the token axis: `Wa [V ; P] + ba`, visual tokens first (paper section 3).
-
-    Not an `nn.Linear`: quantizers replace those and assume that the last axis is multiplied.
-    """
-
-    def __init__(self, visual_tokens: int, instruction_tokens: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(visual_tokens, visual_tokens + instruction_tokens))
-        self.bias = nn.Parameter(torch.empty(visual_tokens))
-
-    def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
-        """(images, N, width) and (images, T, width) to (images, N, width)."""
-        tokens = torch.cat([vision_features, instruction_features], dim=1)
-        return nn.functional.linear(tokens.transpose(1, 2), self.weight, self.bias).transpose(1, 2)
 
 
 class EmmaModalityAdaptation(nn.Module):
@@ -59,6 +43,7 @@ class EmmaModalityAdaptation(nn.Module):
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
+        self.config = config
         width = config.vision_config.hidden_size
         self.instruction_projection = nn.Linear(config.instruction_config.hidden_size, width)
         self.visual_alignment = EmmaVisualAlignment(config.image_seq_length, config.instruction_seq_length)
@@ -66,9 +51,12 @@ class EmmaModalityAdaptation(nn.Module):
 
     def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
         """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
-        dtype = self.visual_alignment.weight.dtype
-        projected = nn.functional.gelu(self.instruction_projection(instruction_features.to(dtype)))
-        fused = self.visual_alignment(vision_features.to(dtype), projected)
+        if runs_fused(self.config.fusion_implementation, self, vision_features, instruction_features):
+            fused = fused_adaptation(self, vision_features, instruction_features)
+        else:
+            dtype = self.visual_alignment.weight.dtype
+            projected = nn.functional.gelu(self.instruction_projection(instruction_features.to(dtype)))
+            fused = self.visual_alignment(vision_features.to(dtype), projected)
         return fused if self.visual_offset is None else fused + self.visual_offset
 
 
@@ -147,10 +135,7 @@ class EmmaModel(EmmaPreTrainedModel):
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__(config)
-        if config.fusion_implementation == "triton":
-            raise ValueError(
-                "fusion_implementation='triton' is not available in this version of the package; use 'auto' or 'eager'."
-            )
+        check_fusion_implementation(config.fusion_implementation)
         self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
         self.instruction_encoder = CLIPTextModel._from_config(config.instruction_config)
         self.modality_adaptation = EmmaModalityAdaptation(config)
