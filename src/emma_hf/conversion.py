@@ -129,13 +129,13 @@ def convert(
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is not None:
         config = bitsandbytes_config(quantization)
-        with _new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as beside:
             whole = convert(source, Path(beside) / "whole", clip, dtype, max_shard_size, progress)
             model = EmmaForConditionalGeneration.from_pretrained(whole, quantization_config=config, dtype="auto")
             shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
             model.save_pretrained(folder, max_shard_size=limit)
         return Path(output)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         source = _fetch(source)
         authors = _read_json(source / "config.json")
         clip = _fetch(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP)
@@ -155,7 +155,7 @@ def convert(
         config.dtype = most_common_dtype(tensors.values())
         _processor(source, clip, authors, config).save_pretrained(folder)
         config.save_pretrained(folder)
-        _generation_config(config).save_pretrained(folder)
+        generation_config(config).save_pretrained(folder)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
         write_shards(folder, tensors, limit, progress)
@@ -186,7 +186,7 @@ def reverse(
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         source = _fetch(source)
         values = _read_json(source / "config.json")
         if values.get("model_type") != EmmaConfig.model_type:
@@ -450,7 +450,7 @@ def _instruction_tokenizer(source: Path, clip: Path) -> Any:
         return load_instruction_tokenizer(clip)
 
 
-def _generation_config(config: EmmaConfig) -> GenerationConfig:
+def generation_config(config: EmmaConfig) -> GenerationConfig:
     text = config.text_config
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
@@ -519,7 +519,7 @@ def _fetch(source: str | Path) -> Path:
 
 
 @contextmanager
-def _new_folder(output: str | Path) -> Iterator[Path]:
+def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or vanishes."""
     output = Path(output)
     if output.exists():
