@@ -86,6 +86,8 @@ class HubServer:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
+        # Large files lie on another host, as the Hub's do: the client follows redirects within one host by itself.
+        self.storage_url = f"http://localhost:{self.http.server_port}"
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -220,7 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server_hub.lock:
             self.server_hub.requests.append((self.command, self.path, status, self.headers.get("Range")))
 
-    def reply(self, status: int, value: object = None, headers: dict[str, str] | None = None, data: bytes = b"") -> None:
+    def reply(
+        self, status: int, value: object = None, headers: dict[str, str] | None = None, data: bytes = b""
+    ) -> None:
         if value is not None:
             data, headers = json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
         self.record(status)
@@ -314,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Repo-Commit": oid,
                 "X-Linked-Etag": f'"{blob.sha256}"',
                 "X-Linked-Size": str(blob.size),
-                "Location": f"{self.server_hub.url}/storage/{blob.sha256}",
+                "Location": f"{self.server_hub.storage_url}/storage/{blob.sha256}",
             }
             self.reply(302, None, headers)
         else:
@@ -391,7 +395,7 @@ class _Handler(BaseHTTPRequestHandler):
         for one in json.loads(body)["objects"]:
             answer = {"oid": one["oid"], "size": one["size"], "authenticated": True}
             if not (self.server_hub.root / one["oid"]).exists():
-                url = self.server_hub.url
+                url = self.server_hub.storage_url
                 answer["actions"] = {
                     "upload": {"href": f"{url}/storage/{one['oid']}"},
                     "verify": {"href": f"{url}/storage/verify"},

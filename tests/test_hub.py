@@ -197,7 +197,9 @@ def test_what_cannot_be_exported_says_why(converted, tmp_path):
 def test_a_card_takes_no_file_from_outside_its_folder(converted, tmp_path):
     source = copied(converted, tmp_path / "source")
     (tmp_path / "secret.png").write_bytes(b"secret")
-    (source / "README.md").write_text("---\nlicense: mit\n---\n# x\n![a](../secret.png)\n![b](own.png)\n![c](link.png)\n")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\n---\n# x\n![a](../secret.png)\n![b](own.png)\n![c](link.png)\n"
+    )
     (source / "own.png").write_bytes(b"own")
     folder = export(source, tmp_path / "one")
     assert (folder / "own.png").exists() and not (tmp_path / "one" / "secret.png").exists()
@@ -290,7 +292,7 @@ def test_a_folder_is_uploaded_as_it_was_exported(hub, exported, tmp_path):
     with pytest.raises(ValueError, match="lacks chat_template.jinja, which its manifest lists"):
         push(folder, NAME)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest_of(folder)))
-    with pytest.raises(ValueError, match="no complete repository: its manifest lacks chat_template.jinja"):
+    with pytest.raises(ValueError, match="not a complete repository: its manifest lacks chat_template.jinja"):
         push(folder, NAME)
     assert NAME not in hub.repositories
 
@@ -427,6 +429,7 @@ def test_an_exported_folder_passes_the_check(exported, capfd):
     assert re.search(rf"\| answer \|.*'.+' on Transformers {re.escape(transformers.__version__)}", table)
 
 
+@pytest.mark.slow
 def test_a_repository_passes_the_check(hub, exported):
     push(exported, NAME, private=True)
     report = check(NAME, revision="main")
