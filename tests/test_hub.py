@@ -65,9 +65,12 @@ def hub(tmp_path, monkeypatch):
 
 
 def connect(monkeypatch, url: str, cache: Path) -> None:
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    # The client's older line keeps a copy of it.
+    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     for name, value in {
         "ENDPOINT": url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_CACHE": str(cache),
