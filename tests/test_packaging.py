@@ -24,6 +24,11 @@ def test_the_wheel_alone_answers(converted, photo, tmp_path):
     assert names >= {f"emma_hf/{name}" for name in (*HUB_FILES, "__init__.py", "cli.py", "conversion.py", "py.typed")}
     # What `emma-hf train` runs.
     assert "emma_hf/examples/finetune.py" in names
+    # What `emma-hf export` makes cards and endpoints of.
+    assert names >= {
+        f"emma_hf/{name}" for name in ("MODEL_CARD.md", "docs/architecture.png", "handler.py", "clean_answer.py")
+    }
+    assert "emma_hf/examples/emma-tiny/evaluation.json" in names
     # What `emma-hf ask` loads by default.
     assert names >= {f"emma_hf/emma-tiny/{name}" for name in ("config.json", "model.safetensors", "README.md")}
     assert not any(name.startswith(("tests", "benchmarks")) for name in names)

@@ -51,6 +51,29 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--reverse", action="store_true", help="write the authors' layout")
     convert.set_defaults(run=_convert)
 
+    export = commands.add_parser("export", help="write a model's complete Hub repository to a folder, or check one")
+    export.add_argument("model", metavar="MODEL", help="folder or Hub id, or emma-tiny; what --check looks at")
+    export.add_argument("folder", nargs="?", metavar="FOLDER", help="folder to write; it must not exist")
+    export.add_argument("--check", action="store_true", help="write nothing: check every file of MODEL, ask it once")
+    export.add_argument("--repo-id", metavar="ORG/NAME", help="name on the Hub, for the card")
+    export.add_argument(
+        "--example", nargs=2, action="append", default=[], metavar=("PICTURE", "QUESTION"), help="one for the widget"
+    )
+    export.add_argument("--evaluation", metavar="FILE", help="evaluation.json of `emma-hf tiny evaluate`, for the card")
+    export.add_argument("--max-shard-size", help="largest weight file, such as 2GB (default: files as they are)")
+    export.add_argument("--revision", help="with --check: branch, tag or commit (default: the main branch)")
+    export.add_argument("--trust-remote-code", action="store_true", help="with --check: run code that is not ours, too")
+    export.set_defaults(run=_export)
+
+    push = commands.add_parser("push", help="upload a model's complete Hub repository (the token is HF_TOKEN's)")
+    push.add_argument("model", metavar="MODEL", help="folder of `emma-hf export`, folder or Hub id, or emma-tiny")
+    push.add_argument("repo_id", metavar="ORG/NAME", help="repository; it is created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create it as private")
+    push.add_argument("--revision", help="branch to push to; it must exist (default: the main branch)")
+    push.add_argument("--force", action="store_true", help="replace another model, with all of its files")
+    push.add_argument("--message", help="of the commit")
+    push.set_defaults(run=_push)
+
     ask = commands.add_parser("ask", help="answer a question about one picture or several")
     _add_model_arguments(ask)
     ask.add_argument("--image", action="append", default=[], metavar="IMAGE", help=f"one more picture: {IMAGE_HELP}")
@@ -122,6 +145,32 @@ def _convert(args: argparse.Namespace) -> None:
         source = args.source or DEFAULT_SOURCE
         convert(source, args.output, clip=args.clip, quantization=args.quantization, **options)
     print(f"wrote {args.output}", file=sys.stderr)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.check:
+        from .hub_check import check
+
+        if args.folder is not None:
+            raise ValueError(f"`--check` takes MODEL alone and writes nothing: got {args.folder!r} besides. Drop it.")
+        report = check(args.model, args.revision, trust_remote_code=args.trust_remote_code)
+        print(report.table(), end="")
+        if report.wrong:
+            raise ValueError(f"{args.model}: {len(report.wrong)} of {len(report.rows)} checks failed; see the table.")
+        return
+    from .hub import export
+
+    if args.folder is None or args.revision is not None or args.trust_remote_code:
+        raise ValueError("`export` takes MODEL FOLDER; `--revision` and `--trust-remote-code` belong to `--check`.")
+    export(args.model, args.folder, args.repo_id, args.example, args.evaluation, args.max_shard_size)
+    print(f"wrote {args.folder}", file=sys.stderr)
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .hub import push
+
+    address = push(args.model, args.repo_id, args.private, args.revision, args.force, args.message)
+    print(address)
 
 
 def _train(args: argparse.Namespace) -> None:

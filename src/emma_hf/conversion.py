@@ -129,13 +129,13 @@ def convert(
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is not None:
         config = bitsandbytes_config(quantization)
-        with _new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as beside:
             whole = convert(source, Path(beside) / "whole", clip, dtype, max_shard_size, progress)
             model = EmmaForConditionalGeneration.from_pretrained(whole, quantization_config=config, dtype="auto")
             shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
             model.save_pretrained(folder, max_shard_size=limit)
         return Path(output)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         source = _fetch(source)
         authors = _read_json(source / "config.json")
         clip = _fetch(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP)
@@ -186,7 +186,7 @@ def reverse(
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         source = _fetch(source)
         values = _read_json(source / "config.json")
         if values.get("model_type") != EmmaConfig.model_type:
@@ -520,7 +520,7 @@ def _fetch(source: str | Path) -> Path:
 
 
 @contextmanager
-def _new_folder(output: str | Path) -> Iterator[Path]:
+def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or vanishes."""
     output = Path(output)
     if output.exists():

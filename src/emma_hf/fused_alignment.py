@@ -149,8 +149,10 @@ def _obstacle(adaptation: nn.Module, vision_features: torch.Tensor, instruction_
     device = vision_features.device
     if not _device_runs_kernels(device.type, device.index):
         return f"it needs a CUDA device of compute capability 8.0 or newer, and the features are on {device}; move them"
-    for name, kind in (("instruction_projection", nn.Linear), ("visual_alignment", EmmaVisualAlignment)):
-        module = getattr(adaptation, name)
+    for name, module, kind in (
+        ("instruction_projection", adaptation.instruction_projection, nn.Linear),
+        ("visual_alignment", adaptation.visual_alignment, EmmaVisualAlignment),
+    ):
         if type(module) is not kind:
             found = f"{type(module).__module__}.{type(module).__name__}"
             return f"`{name}` must be a plain {kind.__name__}: got {found}; merge or unwrap it"
