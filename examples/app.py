@@ -32,8 +32,10 @@ EXAMPLE_QUESTIONS = (
     "What colour is the star?",
     "Describe the picture.",
 )
-# Larger files never reach Pillow.
-LARGEST_FILE = "20mb"
+# Megabytes. Larger files never reach Pillow.
+LARGEST_FILE = 20
+# Larger ones never reach the disk: Gradio drops them, without a word to the visitor.
+LARGEST_UPLOAD = "200mb"
 
 TITLE = "Ask EMMA about a picture"
 INTRODUCTION = f"""# {TITLE}
@@ -64,6 +66,9 @@ class Chat:
             ValueError: not a picture, a broken or an enormous one; the message is for the person who chose it.
         """
         path, name = picture["path"], picture.get("orig_name") or "The file"
+        megabytes = os.path.getsize(path) / 1e6
+        if megabytes > LARGEST_FILE:
+            raise ValueError(f"{name!r} has {megabytes:.0f} MB, more than {LARGEST_FILE}. Make it smaller first.")
         try:
             image = self.processor.image_processor.fetch_images(path)
             self.processor.image_processor(image)
@@ -236,7 +241,7 @@ def serve(chat: Chat, note: str = "", **options: Any) -> gr.Blocks:
     blocks = page(chat, note)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Soft(primary_hue="emerald", font=font, font_mono=["monospace"])
-    blocks.launch(theme=theme, css=CSS, max_file_size=LARGEST_FILE, footer_links=["api"], **options)
+    blocks.launch(theme=theme, css=CSS, max_file_size=LARGEST_UPLOAD, footer_links=["api"], **options)
     return blocks
 
 

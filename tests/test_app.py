@@ -110,6 +110,10 @@ BAD = {
     ),
     "cut.png": (lambda whole: whole[: len(whole) // 2], "The picture 'cut.png' cannot be read"),
     "empty.png": (lambda whole: b"", "'empty.png' is not a picture that Pillow can read."),
+    "heavy.png": (
+        lambda whole: whole + b"0" * 21_000_000,
+        "'heavy.png' has 21 MB, more than 20. Make it smaller first.",
+    ),
     "huge.png": (
         lambda whole: png(50_000, 50_000),
         "'huge.png' has too many pixels for this page. Make it smaller first.",

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -125,17 +126,21 @@ def test_a_table_without_the_columns_is_refused(tmp_path):
     assert "the columns `image` and `question`" in done.stderr and "['picture', 'question']" in done.stderr
 
 
-def test_arguments_that_cannot_be(tmp_path):
+def test_arguments_that_cannot_be(tmp_path, capsys):
     # Ray is not started for these.
-    (tmp_path / "table.csv").write_text("image,question\na.png,What?\n")
+    main = runpy.run_path(str(SCRIPT))["main"]
+    table = tmp_path / "table.csv"
+    table.write_text("image,question\na.png,What?\n")
     for arguments, message in (
         ([tmp_path / "none.csv", "out.csv"], "There is no table at"),
         (
             [__file__, "out.csv"],
             "A table must be a file, or a folder of files, of one of the kinds .csv, .jsonl, .parquet",
         ),
-        ([tmp_path / "table.csv", "out.xml"], "The answers must be one of .csv, .jsonl, .parquet: got 'out.xml'."),
-        ([tmp_path / "table.csv", "out.csv", "--workers", 0], "--workers must be at least 1: got 0"),
+        ([table, "out.xml"], "The answers must be one of .csv, .jsonl, .parquet: got 'out.xml'."),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert main([str(argument) for argument in arguments]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(table), "out.csv", "--workers", "0"])
+    assert "--workers must be at least 1: got 0" in capsys.readouterr().err
