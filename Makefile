@@ -9,7 +9,7 @@ PYTEST := -m pytest -n 2
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: ask test test-slow test-kernels test-slow-kernels lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
+.PHONY: ask test test-slow test-app test-kernels test-slow-kernels lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
 
 # The main job: a picture and a question in, an answer out.
 ask: .venv/user/ready
@@ -50,6 +50,17 @@ format: .venv/t5/ready
 	$(PYTHON) -m venv --clear .venv/user
 	.venv/user/bin/python -m pip install -q -c constraints.txt torch
 	.venv/user/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_t5) -e .
+	touch $@
+
+# The chat page and Ray have an environment of their own, with an older Pillow, so the pixels are tested there too.
+test-app: .venv/app/ready
+	.venv/app/bin/python -m pytest tests/test_app.py tests/test_batch_inference.py tests/test_image_processing_emma.py
+
+.venv/app/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv --clear .venv/app
+	grep -v ^pillow constraints.txt > .venv/app/constraints.txt
+	.venv/app/bin/python -m pip install -q -c .venv/app/constraints.txt torch
+	.venv/app/bin/python -m pip install -q -c .venv/app/constraints.txt transformers==$(VERSION_t5) -e ".[test-app]"
 	touch $@
 
 # open_clip is the independent check of the instruction tokens; its own requirements (torchvision) are not wanted.

@@ -1,0 +1,269 @@
+"""A chat page about a picture, for a browser or a Space: streamed answers, and which words guided the picture.
+
+    python examples/app.py --model emma-7b
+
+A Space runs it as it is. `EMMA_MODEL` names the model where `--model` does not; without either it is emma-tiny, which
+ships with the package. Where the page is served is told to Gradio: `GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`.
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import TextIteratorStreamer
+
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.instruction_emma import encode_instruction, instructions_from_messages
+from emma_hf.scenes import Scene, draw
+
+# Scenes in which emma-tiny has something to tell apart.
+EXAMPLE_SEEDS = (0, 3, 9, 14, 20, 27, 31, 45)
+EXAMPLE_QUESTIONS = (
+    "How many things are there?",
+    "Is there a heart?",
+    "What colour is the star?",
+    "Describe the picture.",
+)
+# Megabytes. Larger files never reach Pillow.
+LARGEST_FILE = 20
+# Larger ones never reach the disk: Gradio drops them, without a word to the visitor.
+LARGEST_UPLOAD = "200mb"
+
+TITLE = "Ask EMMA about a picture"
+INTRODUCTION = f"""# {TITLE}
+EMMA reads the picture *for the question*: the words marked below the conversation are mixed into the visual tokens
+before the language model sees them."""
+TINY = "This is **emma-tiny**, a small model that knows drawn shapes and nothing else."
+CSS = """
+.gradio-container {max-width: 1120px !important; margin: auto !important}
+#introduction h1 {margin: 0.2em 0}
+"""
+
+
+class Chat:
+    """One model, and what the page asks of it. A conversation is a dictionary: its `picture`, its `messages`,
+    and the user's words as `marked` pieces, those with the label `"instruction"` being what guided the picture.
+    """
+
+    def __init__(self, name: str | os.PathLike, max_new_tokens: int = 512) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = EmmaProcessor.from_pretrained(name)
+        self.model = EmmaForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
+        self.max_new_tokens = max_new_tokens
+
+    def read(self, picture: dict[str, Any]) -> Image.Image:
+        """The picture of an uploaded file, `{"path": …, "orig_name": …}`.
+
+        Raises:
+            ValueError: not a picture, a broken or an enormous one; the message is for the person who chose it.
+        """
+        path, name = picture["path"], picture.get("orig_name") or "The file"
+        megabytes = os.path.getsize(path) / 1e6
+        if megabytes > LARGEST_FILE:
+            raise ValueError(f"{name!r} has {megabytes:.0f} MB, more than {LARGEST_FILE}. Make it smaller first.")
+        try:
+            image = self.processor.image_processor.fetch_images(path)
+            self.processor.image_processor(image)
+        except (ValueError, FileNotFoundError) as error:
+            if isinstance(error.__cause__, Image.DecompressionBombError):
+                raise ValueError(f"{name!r} has too many pixels for this page. Make it smaller first.") from error
+            # Where the server keeps it is nobody's business.
+            raise ValueError(str(error).replace(str(path), name)) from error
+        return image
+
+    def answer(
+        self,
+        question: str,
+        picture: dict[str, Any] | None,
+        conversation: dict[str, Any] | None = None,
+        turn: str = "image",
+    ) -> Iterator[dict[str, Any]]:
+        """Ask, and yield the conversation each time that its answer has grown.
+
+        Args:
+            question: what is asked.
+            picture: the file that is shown; another one than before begins a new conversation.
+            conversation: what was said so far.
+            turn: whose words guide the picture, `"image"` (the first question) or `"last"`.
+
+        Raises:
+            ValueError: no question, no picture or a bad one, or a conversation too long for the model.
+        """
+        if not question.strip():
+            raise ValueError("There is no question. Type one, or choose one of those below.")
+        if picture is None:
+            raise ValueError("There is no picture. Upload one, or choose one of the examples.")
+        image = self.read(picture)
+        same = conversation is not None and conversation["picture"] == picture["path"]
+        messages = list(conversation["messages"]) if conversation and same else []
+        content = [{"type": "text", "text": question.strip()}]
+        messages.append({"role": "user", "content": content if messages else [{"type": "image"}, *content]})
+        instructions = instructions_from_messages(messages, self.processor.image_token, turn)
+        marked = self._marked(messages, instructions[0], turn)
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = self.processor(images=[image], text=prompt, instructions=instructions, return_tensors="pt")
+
+        def so_far(text: str) -> dict[str, Any]:
+            answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+            return {"picture": picture["path"], "messages": [*messages, answer], "marked": marked}
+
+        text = ""
+        yield so_far(text)
+        for words in self._stream(inputs.to(self.model.device, self.model.dtype)):
+            text += words
+            yield so_far(text.strip())
+
+    def _stream(self, inputs: Any) -> Iterator[str]:
+        positions = self.model.config.text_config.max_position_embeddings
+        room = positions - inputs["input_ids"].shape[1]
+        if room < 1:
+            raise ValueError(f"The conversation is longer than the model's {positions} tokens. Start again.")
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        left = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            generation = pool.submit(
+                self.model.generate,
+                **inputs,
+                max_new_tokens=min(self.max_new_tokens, room),
+                do_sample=False,
+                streamer=streamer,
+                stopping_criteria=[lambda *_: left.is_set()],
+            )
+            # Also where it fails, or nobody would end the loop.
+            generation.add_done_callback(lambda _: streamer.end())
+            try:
+                yield from streamer
+                generation.result()
+            finally:
+                # A visitor who stops it, or goes away, ends the loop early.
+                left.set()
+
+    def _marked(self, messages: list[dict[str, Any]], instruction: str, turn: str) -> list[tuple[str, str | None]]:
+        turns = [message["content"][-1]["text"] for message in messages if message["role"] == "user"]
+        guide = 0 if turn == "image" else len(turns) - 1
+        start = max(turns[guide].find(instruction), 0)
+        end = start + self._length_read(instruction)
+        pieces: list[tuple[str, str | None]] = [(f"{text}\n", None) for text in turns]
+        split = (turns[guide][:start], None), (turns[guide][start:end], "instruction"), (pieces[guide][0][end:], None)
+        pieces[guide : guide + 1] = [piece for piece in split if piece[0]]
+        return pieces
+
+    def _length_read(self, instruction: str) -> int:
+        """How many of its letters fit into the instruction encoder, in whole words."""
+        tokenizer, length = self.processor.instruction_tokenizer, self.processor.instruction_length
+        whole = encode_instruction(tokenizer, instruction, length)
+        ends = [index for index in range(1, len(instruction)) if instruction[index].isspace()]
+        fitting = (end for end in ends if encode_instruction(tokenizer, instruction[:end], length) == whole)
+        return next(fitting, len(instruction))
+
+
+def page(chat: Chat, note: str = "") -> gr.Blocks:
+    """The page of a model, not yet served."""
+    folder = Path(tempfile.mkdtemp(prefix="emma-examples-"))
+    examples = [folder / f"scene-{seed}.png" for seed in EXAMPLE_SEEDS]
+    for seed, path in zip(EXAMPLE_SEEDS, examples):
+        draw(Scene.random(seed), 336).save(path)
+
+    def ask(question, picture, conversation, turn):
+        try:
+            for grown in chat.answer(question, picture, conversation, turn):
+                yield "", _shown(grown), grown["marked"], grown
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def check(picture):
+        try:
+            if picture is not None:
+                chat.read(picture)
+        except ValueError as error:
+            gr.Warning(str(error), duration=None)
+            return None
+        return gr.skip()
+
+    def begin(picture, conversation):
+        kept = picture is not None and conversation is not None and picture["path"] == conversation["picture"]
+        return [gr.skip()] * 3 if kept else ([], [], None)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        conversation = gr.State()
+        gr.Markdown(f"{INTRODUCTION} {note}", elem_id="introduction")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                # The file itself is read, by the processor: what Gradio makes of a broken one says little.
+                picture = gr.Image(
+                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=330,
+                    elem_id="picture", buttons=[],
+                )  # fmt: skip
+                gr.Examples([[str(path)] for path in examples], picture, label="Example pictures", elem_id="pictures")
+                turn = gr.Radio(
+                    [("first question", "image"), ("latest question", "last")], value=chat.processor.instruction_turn,
+                    label="The picture is read for", elem_id="turn",
+                )  # fmt: skip
+            with gr.Column(scale=3, min_width=360):
+                talk = gr.Chatbot(
+                    label="Conversation", height=330, elem_id="talk", buttons=[], latex_delimiters=[],
+                    placeholder="Choose a picture, then ask about it.",
+                )  # fmt: skip
+                marked = gr.HighlightedText(
+                    label="What guided the picture", color_map={"instruction": "green"}, elem_id="marked",
+                    combine_adjacent=True, show_whitespaces=False,
+                )  # fmt: skip
+                with gr.Row(equal_height=True):
+                    question = gr.Textbox(
+                        placeholder="Ask about the picture", show_label=False, container=False, scale=6, max_lines=4,
+                        max_length=2000, autofocus=True, elem_id="question",
+                    )  # fmt: skip
+                    send = gr.Button("Ask", variant="primary", scale=1, min_width=70, elem_id="ask")
+                    stop = gr.Button("Stop", scale=1, min_width=70, elem_id="stop")
+                gr.Examples([[text] for text in EXAMPLE_QUESTIONS], question, label="Questions", elem_id="questions")
+        asking = gr.on(
+            [question.submit, send.click], ask, [question, picture, conversation, turn],
+            [question, talk, marked, conversation], preprocess=False, show_progress="hidden", api_name="ask",
+        )  # fmt: skip
+        stop.click(None, cancels=[asking])
+        picture.input(check, picture, picture, preprocess=False, show_progress="hidden", api_name="check")
+        parts = [talk, marked, conversation]
+        picture.change(begin, [picture, conversation], parts, preprocess=False, show_progress="hidden", api_name=False)
+        talk.clear(lambda: ([], [], None), None, parts, api_name=False)
+    return blocks
+
+
+def serve(chat: Chat, note: str = "", **options: Any) -> gr.Blocks:
+    """Serve the page of a model; `options` are those of `Blocks.launch`."""
+    blocks = page(chat, note)
+    font = ["system-ui", "sans-serif"]
+    theme = gr.themes.Soft(primary_hue="emerald", font=font, font_mono=["monospace"])
+    blocks.launch(theme=theme, css=CSS, max_file_size=LARGEST_UPLOAD, footer_links=["api"], **options)
+    return blocks
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A chat page about a picture.")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("EMMA_MODEL", str(EMMA_TINY)),
+        help="folder or Hub id (default: what EMMA_MODEL names, or else emma-tiny)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1: got {args.max_new_tokens}")
+    serve(Chat(args.model, args.max_new_tokens), note=TINY if args.model == str(EMMA_TINY) else "")
+
+
+def _shown(conversation: dict[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"role": message["role"], "content": message["content"][-1]["text"]} for message in conversation["messages"]
+    ]
+
+
+if __name__ == "__main__":
+    main()
