@@ -22,7 +22,7 @@ from emma_hf.checkpoint_files import read_checkpoint
 from emma_hf.cli import main
 from emma_hf.configuration_emma import AUTO_MAP, HUB_FILES
 from emma_hf.hub import REQUIREMENTS, export, push
-from emma_hf.hub_check import MANIFEST_NAME, REQUIRED_FILES, check, files_of, manifest_of, read_manifest
+from emma_hf.hub_check import MANIFEST_NAME, REQUIRED_FILES, _card, check, files_of, manifest_of, read_manifest
 
 ROOT = Path(__file__).parent.parent
 NAME = "org/emma-tiny"
@@ -140,6 +140,8 @@ def test_a_model_of_another_shape_gets_no_figures_of_the_paper(converted, tmp_pa
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict().keys().isdisjoint({"base_model", "datasets", "license", "model-index"})
     assert card.data.library_name == "transformers" and "emma" in card.data.tags
+    # Nor a licence, which is its owner's to name; the check says so, and finds nothing wrong with it.
+    assert _card(folder) == ("", "ok, but it names no license")
     assert "# mine" in card.text and "89.42" not in card.text and "<!--" not in card.text
     # The figure of the architecture goes with it.
     with Image.open(folder / "docs" / "architecture.png") as picture:
