@@ -98,7 +98,7 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
     if family == "shared":
         found = {getattr(first, words["k"]), getattr(second, words["k"])}
         return (found.pop() if len(found) == 1 else "none").capitalize()
-    if family == "same":
+    if family in ("same", "alike"):
         return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) else "No"
     holds = {
         "left": first.x < second.x,

@@ -326,12 +326,17 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Which {k} do the {a} and the {b} share?", "The {a} and the {b}: which {k} do they share?"),
         ("Tell me the {k} that the {a} and the {b} share.",),
     ),
+    "alike": (
+        ("The {a} and the {b}: are they of the same {k}?", "The {a} and the {b}: is their {k} the same?"),
+        ("The {a} and the {b}: are they alike in {k}?",),
+    ),
 }  # fmt: skip
 WORDINGS["left"] = WORDINGS["position"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
 # every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
-# And what two things share is a word of each of them, while whether they share it is a word of none.
-EXERCISES = ("place", "places", "both", "left", "shared")
+# And what two things share is a word of each of them, while whether they share it is a word of none. Exercises that
+# name two things first must not be all that begins so: a new wording of "same" would be answered like them.
+EXERCISES = ("place", "places", "both", "left", "shared", "alike")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -593,6 +598,7 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "both": _attributes_of_two("colour", "shape", "size"),
     "left": _left,
     "shared": _shared,
+    "alike": _same,
 }
 
 
