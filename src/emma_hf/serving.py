@@ -8,6 +8,7 @@ that nobody waits for any more is not computed to its end.
 import asyncio
 import contextlib
 import copy
+import logging
 import socket
 import sys
 import threading
@@ -44,6 +45,7 @@ except ImportError as error:
         'with `pip install "emma-hf[serve]"`.'
     ) from error
 
+logger = logging.getLogger(__name__)
 # What a client gets where it says nothing, as in Transformers' own server.
 DEFAULT_MAX_TOKENS = 1024
 ROUTES = {"/v1/chat/completions", "/v1/models", "/health"}
@@ -102,7 +104,6 @@ def build_app(
         (RequestError, _refused),
         (RequestValidationError, _malformed),
         (HTTPException, _http_error),
-        (Exception, _failed),
     ):
         app.add_exception_handler(kind, answer)
     app.add_middleware(_ClientMiddleware, limit=limits.request_bytes)
@@ -140,6 +141,19 @@ class _ChatHandler(ChatCompletionHandler):
         self._preparing = threading.Lock()
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
+        try:
+            return await self._answer(body, request_id)
+        except RequestError:
+            raise
+        except _ClientGone:
+            # Nobody reads it. The status is the one that proxies log for this.
+            return JSONResponse({}, status_code=499)
+        except Exception as error:
+            # Left to the server, it would also cut the connection. Its text may tell of the machine; the log has it.
+            logger.exception("A request failed.")
+            return _error(f"The server failed on this request ({type(error).__name__}). Its log says why.", 500)
+
+    async def _answer(self, body: dict, request_id: str) -> Any:
         request, inputs = await asyncio.to_thread(self._prepare, body)
         inputs["logits_processor"] = LogitsProcessorList([_Watch(_client_gone.get(), request.seed)])
         config = self._generation_config(request, inputs["input_ids"].shape[1])
@@ -149,12 +163,8 @@ class _ChatHandler(ChatCompletionHandler):
             inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
         run = answer._streaming if request.stream else answer._non_streaming
         manager = self.generation_state.get_manager(self._name)
-        try:
-            result = run(request_id, self._model, self._processor, self._name, inputs, config, gen_manager=manager)
-            return result if request.stream else await result
-        except _ClientGone:
-            # Nobody reads it. The status is the one that proxies log for this.
-            return JSONResponse({}, status_code=499)
+        result = run(request_id, self._model, self._processor, self._name, inputs, config, gen_manager=manager)
+        return result if request.stream else await result
 
     def _prepare(self, body: dict) -> tuple[ChatRequest, Any]:
         most = (self._positions - 1) // self._processor.image_seq_length
@@ -337,8 +347,3 @@ def _http_error(request: "Request", error: Any) -> "JSONResponse":
     if error.status_code == 404:
         return _error(f"This server has {', '.join(sorted(ROUTES))}: got {request.url.path[:60]!r}.", 404)
     return _error(str(error.detail), error.status_code)
-
-
-def _failed(_: "Request", error: Any) -> "JSONResponse":
-    # Its text may tell of the machine; the log has it.
-    return _error(f"The server failed on this request ({type(error).__name__}). Its log says why.", 500)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats of pictures on the web. Pillow reads many more, some of them by starting other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FETCH_SECONDS = 10
 # Fields of OpenAI's chat completions that have no bearing on the answer.
 WITHOUT_EFFECT = {"user", "metadata", "service_tier", "stream_options", "parallel_tool_calls", "tool_choice", "store"}
@@ -262,7 +262,7 @@ def _picture(url: str, limits: Limits) -> Image.Image:
     except RequestError:
         raise
     except UnidentifiedImageError as error:
-        known = ", ".join(name for name in FORMATS if name != "MPO")
+        known = ", ".join(FORMATS)
         raise RequestError(f"A picture must be one of {known}: got {len(data)} bytes of something else.") from error
     except Exception as error:
         # Decoders fail in many ways on broken files; all of them mean the same here.
