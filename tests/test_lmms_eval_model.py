@@ -91,7 +91,7 @@ if __name__ == "__main__":
 
     def request(number, text, **settings):
         arguments = (text, settings, lambda images: images, number, "t", "s")
-        return Instance(request_type="generate_until", arguments=arguments, idx=0, metadata=("t", number, 1))
+        return Instance(request_type="generate_until", arguments=arguments, idx=0, metadata={"task": "t", "doc_id": number, "repeats": 1})
 
     several = emma.generate_until([
         request(0, "Describe the picture.", max_new_tokens=12),
@@ -119,7 +119,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_its_evaluator_and_its_tasks_run(tmp_path):
     pytest.importorskip("lmms_eval", reason="needs lmms-eval, in an environment of its own")
-    script = tmp_path / "evaluate.py"
+    script = tmp_path / "run_tasks.py"
     script.write_text(SCRIPT)
     work = tmp_path / "tasks"
     work.mkdir()
