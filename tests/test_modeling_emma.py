@@ -599,3 +599,12 @@ def test_features_of_a_wrong_shape_are_named():
 def test_a_fused_path_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="fusion_implementation='triton' is not available"):
         EmmaForConditionalGeneration(tiny_config(fusion_implementation="triton"))
+
+
+def test_weights_without_memory_are_made_under_another_default_device():
+    # As vLLM makes the model that it fills afterwards.
+    model = tiny_model()
+    alignment = model.model.modality_adaptation.visual_alignment.to("meta")
+    with torch.device("cpu"):
+        model._init_weights(alignment)
+    assert alignment.weight.is_meta
