@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VERSION_t5 := 5.23.0
 VERSION_t4 := 4.57.6
+# Transformers' own server is in 5 only.
+EXTRAS_t5 := ,serve
 ENVIRONMENTS := t5 t4
 PYTEST := -m pytest -n 2
 # Two test processes share two cores; more threads would only get in each other's way.
@@ -67,7 +69,7 @@ test-app: .venv/app/ready
 .venv/%/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv --clear .venv/$*
 	.venv/$*/bin/python -m pip install -q -c constraints.txt torch
-	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_$*) -e ".[ftfy,lint,test]"
+	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_$*) -e ".[ftfy,lint,test$(EXTRAS_$*)]"
 	.venv/$*/bin/python -m pip install -q --no-deps open_clip_torch==3.3.0
 	touch $@
 

@@ -594,3 +594,12 @@ def test_features_of_a_wrong_shape_are_named():
         model.get_image_features(vision_features=torch.zeros(1, 17, 32), instruction_input_ids=ids)
     with pytest.raises(ValueError, match=r"`image_features` must be floating point \(images, 16, 48\)"):
         model(input_ids=inputs["input_ids"], image_features=torch.zeros(1, 16, 32))
+
+
+def test_weights_without_memory_are_made_under_another_default_device():
+    # As vLLM makes the model that it fills afterwards.
+    model = tiny_model()
+    alignment = model.model.modality_adaptation.visual_alignment.to("meta")
+    with torch.device("cpu"):
+        model._init_weights(alignment)
+    assert alignment.weight.is_meta

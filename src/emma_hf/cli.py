@@ -8,6 +8,7 @@ from typing import Any
 
 from . import EMMA_TINY
 
+MODEL_HELP = "folder or Hub id (default: emma-tiny, which knows drawn shapes)"
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
 
 
@@ -83,6 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("inputs", nargs="+", metavar="IMAGE QUESTION", help=f"picture ({IMAGE_HELP}) and question")
     ask.set_defaults(run=_ask)
 
+    serve = commands.add_parser("serve", help="answer OpenAI-style chat requests over HTTP (Transformers 5)")
+    serve.add_argument("model", nargs="?", default=str(EMMA_TINY), metavar="MODEL", help=MODEL_HELP)
+    _add_loading_arguments(serve)
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")
+    serve.add_argument("--name", help="under which clients ask for the model (default: MODEL, of a path its last part)")
+    serve.add_argument("--max-megabytes", type=float, default=32, help="largest request (default: 32)")
+    serve.add_argument("--max-megapixels", type=float, default=36, help="largest picture (default: 36)")
+    serve.add_argument(
+        "--remote-pictures", action="store_true", help="fetch http(s) URLs of clients; only where nothing is to protect"
+    )
+    serve.set_defaults(run=_serve)
+
     train = commands.add_parser(
         "train", help="fine-tune on rows in LLaVA's format (`--help` lists the arguments of the script)", add_help=False
     )
@@ -119,14 +135,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default=str(EMMA_TINY), help="folder or Hub id (default: emma-tiny, which knows drawn shapes)"
-    )
+    parser.add_argument("--model", default=str(EMMA_TINY), help=MODEL_HELP)
+    _add_loading_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
+    parser.add_argument("--instruction", help="text that guides the visual tokens (default: from the question)")
+
+
+def _add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
     parser.add_argument("--dtype", default="auto", help="dtype of the computation (default: as stored)")
     parser.add_argument("--quantization", metavar="BITS", help="4bit or 8bit: smaller weights (default: as stored)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
-    parser.add_argument("--instruction", help="text that guides the visual tokens (default: from the question)")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -171,6 +189,25 @@ def _push(args: argparse.Namespace) -> None:
 
     address = push(args.model, args.repo_id, args.private, args.revision, args.force, args.message)
     print(address)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from .processing_emma import EmmaProcessor
+    from .serving import listen, serve
+    from .serving_requests import Limits
+
+    if args.max_megabytes <= 0 or args.max_megapixels <= 0:
+        raise ValueError(
+            f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "
+            f"{args.max_megapixels:g}."
+        )
+    limits = Limits(int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.remote_pictures)
+    name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
+    device = _device(args)
+    # A port in use is told before the weights are read.
+    with listen(args.host, args.port) as listener:
+        processor = EmmaProcessor.from_pretrained(args.model)
+        serve(_load(args, device), processor, name, listener, limits)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -238,6 +275,32 @@ def _chat(args: argparse.Namespace) -> None:
         chat.answer(line)
 
 
+def _device(args: argparse.Namespace) -> str:
+    """The device that was asked for, or the fastest, after the arguments of loading were checked."""
+    import torch
+
+    if args.dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
+    return device
+
+
+def _load(args: argparse.Namespace, device: str) -> Any:
+    from .modeling_emma import EmmaForConditionalGeneration
+    from .quantization_emma import bitsandbytes_config
+
+    options: dict[str, Any] = {}
+    if args.quantization is not None:
+        options = {"quantization_config": bitsandbytes_config(args.quantization), "device_map": {"": device}}
+    model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, **options)
+    # Quantized weights are put where they belong while they are read.
+    return (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+
+
 def _read(image: str) -> str | bytes:
     return sys.stdin.buffer.read() if image == "-" else image
 
@@ -246,33 +309,18 @@ class _Chat:
     """A conversation about pictures that keeps its cache from turn to turn."""
 
     def __init__(self, args: argparse.Namespace, images: list[str | bytes]) -> None:
-        import torch
-
-        from .modeling_emma import EmmaForConditionalGeneration
         from .processing_emma import EmmaProcessor
-        from .quantization_emma import bitsandbytes_config
 
         if args.max_new_tokens < 1:
             raise ValueError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
-        if args.dtype not in ("auto", "float32", "float16", "bfloat16"):
-            raise ValueError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
+        device = _device(args)
         self.args = args
         self.start_over()
         self.encoding: Any = None
         self.processor = EmmaProcessor.from_pretrained(args.model)
         # Read the pictures before the weights: a wrong path is told at once.
         self.images = self.processor.image_processor.fetch_images(images)
-        options: dict[str, Any] = {}
-        if args.quantization is not None:
-            options = {"quantization_config": bitsandbytes_config(args.quantization), "device_map": {"": device}}
-        model = EmmaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, **options)
-        # Quantized weights are put where they belong while they are read.
-        self.model = (model if getattr(model, "is_quantized", False) else model.to(device)).eval()
+        self.model = _load(args, device)
 
     def start_over(self) -> None:
         """Forget what was said."""

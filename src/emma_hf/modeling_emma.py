@@ -93,7 +93,9 @@ class EmmaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EmmaVisualAlignment):
             # [identity | 0] and 0: an untrained EMMA is exactly LLaVA.
-            nn.init.eye_(module.weight)
+            # Serving engines make weights without memory under a default device that is another.
+            with torch.device(module.weight.device):
+                nn.init.eye_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, EmmaModalityAdaptation):
             if module.visual_offset is not None:
