@@ -98,7 +98,7 @@ class Budget:
     clip_groups: int = 8
     pictures: int = 40_000
     pretrain_rows: int = 6_400
-    finetune_rows: int = 92_800
+    finetune_rows: int = 176_000
     batch_size: int = 32
     clip_rate: float = 2e-3
     pretrain_rate: float = 1e-3
