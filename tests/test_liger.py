@@ -259,6 +259,7 @@ def test_an_adapted_or_spread_head_is_refused():
 
 
 @needs_liger
+@pytest.mark.slow
 def test_trainer_applies_it_and_learns_the_same(trainable, processor, reference, tmp_path):
     from emma_hf import EmmaForConditionalGeneration
 
