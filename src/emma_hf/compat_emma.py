@@ -70,6 +70,12 @@ def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor |
         from transformers.masking_utils import create_causal_mask
 
         return create_causal_mask(config=config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
+    if config._attn_implementation == "flex_attention":
+        # CLIP of 4.57 would hand it the tensor below, with which it crashes the process.
+        from transformers.masking_utils import create_causal_mask
+
+        places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return create_causal_mask(config, hidden_states, None, places, None)
     from transformers.modeling_attn_mask_utils import _create_4d_causal_attention_mask
 
     return _create_4d_causal_attention_mask(hidden_states.shape[:2], hidden_states.dtype, hidden_states.device)

@@ -1,5 +1,6 @@
 """EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -488,6 +489,8 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = TIED_WEIGHTS_KEYS
     _tp_plan = HEAD_TP_PLAN
+    # Loss from hidden states, head and labels, without logits; `emma_hf.liger` sets it.
+    linear_loss: Callable[..., torch.Tensor] | None = None
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__(config)
@@ -549,6 +552,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         image_features: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EmmaCausalLMOutputWithPast:
         """As [`EmmaModel.forward`], with logits, and a loss where there are labels.
@@ -556,6 +560,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, tokens), -100 where a token carries no loss; shifted here.
             logits_to_keep: compute the logits of this many last tokens only (0: of all), or of these positions.
+            skip_logits: where Liger's fused loss was applied, the loss alone. Default: in training.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -570,10 +575,13 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if self.linear_loss and labels is not None and (self.training if skip_logits is None else skip_logits):
+            loss = self.linear_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if loss is None and labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return EmmaCausalLMOutputWithPast(

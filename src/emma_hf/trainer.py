@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
 from .data import IGNORED, DataCollator
+from .liger import register_with_liger
 from .processing_emma import EmmaProcessor
 from .training import parameter_groups
 
@@ -64,8 +65,8 @@ class ModalityLengthSampler(Sampler[int]):
 class EmmaTrainer(Trainer):
     """`Trainer` with a rate of its own for projector and modality adaptation, and batches of one modality.
 
-    Everything else is `Trainer`, which trains EMMA as well where neither is wanted. At the end it tells which rows a
-    dataset with `on_error="skip"` left out.
+    `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.liger`]). Everything else is `Trainer`, which trains EMMA
+    as well where none of these is wanted. At the end it tells which rows a dataset with `on_error="skip"` left out.
 
     Args:
         projector_learning_rate: of projector and modality adaptation. Default: `args.learning_rate`.
@@ -82,6 +83,9 @@ class EmmaTrainer(Trainer):
         group_by_modality: bool = True,
         **kwargs: Any,
     ) -> None:
+        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if arguments is not None and arguments.use_liger_kernel:
+            register_with_liger()
         super().__init__(*args, **kwargs)
         self.projector_learning_rate = projector_learning_rate
         self.group_by_modality = group_by_modality
