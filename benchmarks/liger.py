@@ -1,9 +1,9 @@
 """A training step with Liger's kernels against the plain one: the released model's widths, few layers, on CUDA.
 
 Both train the same language model, projector and modality adaptation on the same batch; the towers are small and
-frozen, so that they hide nothing. Losses and gradients are compared first, in float32 with one layer and then in the dtype that
-is measured. Steps (forward, backward, AdamW) then alternate in one process; peak memory is the allocator's, in turns
-too. Without a CUDA device there is nothing to measure.
+frozen, so that they hide nothing. Losses and gradients are compared first, in float32 with one layer and then in the
+dtype that is measured. Steps (forward, backward, AdamW) then alternate in one process; peak memory is the allocator's,
+in turns too. Without a CUDA device there is nothing to measure.
 
     python benchmarks/liger.py [--rows 4] [--words 448] [--layers 4] [--runs 20]
 """
