@@ -64,13 +64,13 @@ if __name__ == "__main__":
     processor = EmmaProcessor.from_pretrained(sys.argv[1])
     model = EmmaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
     questions = ["How many things are there?", "Describe the picture.", "Is there a red circle?"]
-    one, two = (draw(Scene.random(seed), 96) for seed in (1, 2))
+    one, two, three = (draw(Scene.random(seed), 96) for seed in (1, 2, 3))
     # Pictures, question, and instruction where it is not the question. The third time every cache holds the picture.
     cases = [([picture], question, None) for picture in (one, two, one) for question in questions]
     # The same words about the same picture, with another instruction.
     cases.append(([one], questions[1], "red"))
-    # Two pictures, of which the caches hold one after the first time.
-    cases += [(pair, questions[1], None) for pair in ([one, two], [two, two], [one, one])]
+    # Two pictures; of the second two the caches hold one, of the last two both.
+    cases += [(pair, questions[1], None) for pair in ([one, two], [one, three], [two, three])]
 
     def prompt_of(pictures, question):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
@@ -99,6 +99,11 @@ if __name__ == "__main__":
         output = engine.generate(request, greedy, use_tqdm=False)[0]
         found = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         assert found == wanted, (question, instruction, len(pictures), found, wanted)
+    # The way of `vllm serve`: messages, rendered by vLLM.
+    for question, wanted in zip(questions, expected):
+        content = [{"type": "image_pil", "image_pil": one}, {"type": "text", "text": question}]
+        output = engine.chat([{"role": "user", "content": content}], greedy, use_tqdm=False)[0]
+        assert (list(output.prompt_token_ids), list(output.outputs[0].token_ids)) == wanted, question
     print("the same tokens")
 """
 
