@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
-from emma_hf import EmmaConfig, EmmaForConditionalGeneration
+from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.scenes import Scene, draw
 
 IMAGE_TOKENS = 16
 AUTHORS_VOCABULARY = 700
@@ -161,6 +162,36 @@ def save_trainable(folder: Path, processor, seed: int = 0) -> Path:
     with torch.no_grad():
         for parameter in (model.lm_head.weight, model.get_input_embeddings().weight):
             parameter.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_listening(folder: Path) -> Path:
+    """emma-tiny with random weights between instruction and visual tokens, so large that the instruction decides words.
+
+    The answers of the trained one hardly depend on it: they cannot tell whether an engine gave it the right one.
+    """
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval()
+    weight = model.model.modality_adaptation.visual_alignment.weight
+    content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def answer(seed: int, instruction: str) -> tuple[int, ...]:
+        image = draw(Scene.random(seed), 96)
+        inputs = processor(images=image, text=prompt, instructions=instruction, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        return tuple(tokens[0, inputs["input_ids"].shape[1] :].tolist())
+
+    torch.manual_seed(0)
+    for scale in (3, 10, 30, 100):
+        with torch.no_grad():
+            weight[:, len(weight) :].normal_(0, scale)
+        if all(len({answer(seed, text) for text in ("Describe the picture.", "", "red")}) == 3 for seed in (1, 2)):
+            break
+    else:
+        raise AssertionError("The answers must depend on the instruction.")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import OFFLINE
+from helpers import OFFLINE, save_listening
 
 SCRIPT = r'''
 import json, re, sys
@@ -20,10 +20,10 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.scenes import Scene, draw
 
-work = Path(sys.argv[1])
+work, folder = Path(sys.argv[1]), sys.argv[2]
 questions = ["Is there a red circle?", "Is there a blue square?", "Is there a green star?"]
 pope = [
     {"id": str(i), "question_id": str(i), "question": questions[i % 3], "answer": "yes" if i % 2 else "no",
@@ -37,10 +37,10 @@ science = [
 ]
 
 
-def local(folder, name, rows):
+def local(place, name, rows):
     """lmms-eval's task `name` over `rows`: its file and its functions, with another place of the data."""
-    source = Path(lmms_eval.tasks.__file__).parent / folder
-    target = work / folder
+    source = Path(lmms_eval.tasks.__file__).parent / place
+    target = work / place
     target.mkdir()
     datasets.DatasetDict(test=datasets.Dataset.from_list(rows)).save_to_disk(target / "data")
     (target / "utils.py").write_text((source / "utils.py").read_text())
@@ -55,7 +55,7 @@ def local(folder, name, rows):
 if __name__ == "__main__":
     names = [local("pope", "pope", pope), local("scienceqa", "scienceqa_img", science)]
     results = simple_evaluate(
-        model="emma", model_args=f"pretrained={EMMA_TINY},device=cpu,dtype=float32", batch_size=4, tasks=names,
+        model="emma", model_args=f"pretrained={folder},device=cpu,dtype=float32", batch_size=4, tasks=names,
         task_manager=TaskManager(include_path=str(work), include_defaults=False), process_docs_parallel=1,
         bootstrap_iters=0,
     )
@@ -65,8 +65,8 @@ if __name__ == "__main__":
     }
 
     # The same questions, one at a time, by `generate`.
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval()
+    processor = EmmaProcessor.from_pretrained(folder)
+    model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
     def generated(image, text, limit):
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -84,9 +84,9 @@ if __name__ == "__main__":
     }
 
     # What the evaluator does not reach.
-    emma = get_model("emma")(device="cpu", dtype="float32", batch_size=2)
+    emma = get_model("emma")(folder, device="cpu", dtype="float32", batch_size=2)
     two = [draw(Scene.random(seed), 96) for seed in (1, 2)]
-    visuals = {0: two, 1: [], 2: ["film.mp4"], 3: two}
+    visuals = {0: two, 1: [], 2: ["film.mp4"], 3: two, 4: two[:1]}
     emma.task_dict = {"t": {"s": visuals}}
 
     def request(number, text, **settings):
@@ -94,10 +94,10 @@ if __name__ == "__main__":
         return Instance(request_type="generate_until", arguments=arguments, idx=0, metadata={"task": "t", "doc_id": number, "repeats": 1})
 
     several = emma.generate_until([
-        request(0, "Describe the picture.", max_new_tokens=12),
+        request(4, "Describe the picture.\nBe brief.", max_new_tokens=24),
         request(1, "Hello", max_new_tokens=3),
         request(3, "<image> or <image>?", max_new_tokens=12),
-        request(0, "Describe the picture.", max_new_tokens=12, until=["u", "e"]),
+        request(4, "Describe the picture.\nBe brief.", max_new_tokens=24, until=["u", "e"]),
     ])
     errors = {}
     for name, call in {
@@ -112,7 +112,8 @@ if __name__ == "__main__":
         except (ValueError, NotImplementedError) as error:
             errors[name] = str(error)
     metrics = {name: {key: value for key, value in results["results"][name].items()} for name in names}
-    print(json.dumps([samples, expected, metrics, several, errors], default=str))
+    described = generated(two[0], "Describe the picture.\nBe brief.", 24)
+    print(json.dumps([samples, expected, metrics, several, described, errors], default=str))
 '''
 
 
@@ -124,10 +125,15 @@ def test_its_evaluator_and_its_tasks_run(tmp_path):
     work = tmp_path / "tasks"
     work.mkdir()
     done = subprocess.run(
-        [sys.executable, script, work], capture_output=True, text=True, env=OFFLINE, timeout=1800, cwd=tmp_path
+        [sys.executable, script, work, save_listening(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=OFFLINE,
+        timeout=1800,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    samples, expected, metrics, several, errors = json.loads(done.stdout.strip().splitlines()[-1])
+    samples, expected, metrics, several, described, errors = json.loads(done.stdout.strip().splitlines()[-1])
     assert samples == expected
 
     # The metrics are what its task files say, of answers that are `generate`'s.
@@ -138,7 +144,7 @@ def test_its_evaluator_and_its_tasks_run(tmp_path):
     assert metrics["local_scienceqa_img"]["exact_match,none"] == pytest.approx(sum(letters) / 4)
 
     whole, _, placed, cut = several
-    assert whole and placed and cut == re.split("[ue]", whole)[0].strip()
+    assert whole == described and placed and cut == re.split("[ue]", whole)[0].strip()
     assert errors == {
         "film": "emma reads pictures: the task t gives str. Choose another task.",
         "likelihood": "emma answers by generating: choose tasks whose `output_type` is generate_until, such as pope.",

@@ -5,9 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import OFFLINE
+from helpers import OFFLINE, save_listening
 
-from emma_hf import EMMA_TINY
 from emma_hf.vllm_plugin import only_missing, register, with_instructions
 
 SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
@@ -54,24 +53,24 @@ def test_without_vllm_it_says_so(monkeypatch):
 
 
 ENGINE = """
-import os
+import os, sys
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 import torch
 from vllm import LLM, SamplingParams
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.scenes import Scene, draw
 
 if __name__ == "__main__":
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval()
+    processor = EmmaProcessor.from_pretrained(sys.argv[1])
+    model = EmmaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
     questions = ["How many things are there?", "Describe the picture.", "Is there a red circle?"]
-    one, two = (draw(Scene.random(seed), 96) for seed in (1, 2))
+    one, two, three = (draw(Scene.random(seed), 96) for seed in (1, 2, 3))
     # Pictures, question, and instruction where it is not the question. The third time every cache holds the picture.
     cases = [([picture], question, None) for picture in (one, two, one) for question in questions]
     # The same words about the same picture, with another instruction.
     cases.append(([one], questions[1], "red"))
-    # Two pictures, of which the caches hold one after the first time.
-    cases += [(pair, questions[1], None) for pair in ([one, two], [two, two], [one, one])]
+    # Two pictures; of the second two the caches hold one, of the last two both.
+    cases += [(pair, questions[1], None) for pair in ([one, two], [one, three], [two, three])]
 
     def prompt_of(pictures, question):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
@@ -88,7 +87,7 @@ if __name__ == "__main__":
     assert len({tuple(tokens) for _, tokens in expected}) > 4
 
     engine = LLM(
-        str(EMMA_TINY), dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4,
+        sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4,
         enable_prefix_caching=True, limit_mm_per_prompt={"image": 2},
     )
     greedy = SamplingParams(temperature=0, max_tokens=24)
@@ -100,6 +99,11 @@ if __name__ == "__main__":
         output = engine.generate(request, greedy, use_tqdm=False)[0]
         found = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         assert found == wanted, (question, instruction, len(pictures), found, wanted)
+    # The way of `vllm serve`: messages, rendered by vLLM.
+    for question, wanted in zip(questions, expected):
+        content = [{"type": "image_pil", "image_pil": one}, {"type": "text", "text": question}]
+        output = engine.chat([{"role": "user", "content": content}], greedy, use_tqdm=False)[0]
+        assert (list(output.prompt_token_ids), list(output.outputs[0].token_ids)) == wanted, question
     print("the same tokens")
 """
 
@@ -107,8 +111,13 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_vllm_answers_as_generate_does_with_every_cache_on(tmp_path):
     pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own")
-    assert EMMA_TINY.is_dir()
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=OFFLINE, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, script, save_listening(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        env=OFFLINE,
+        timeout=1800,
+    )
     assert done.stdout.strip().endswith("the same tokens"), done.stderr[-3000:]
