@@ -30,6 +30,8 @@ needs_liger = pytest.mark.skipif(
 )
 # What runs on this device.
 RUNNING = {} if CUDA else {"rms_norm": False, "swiglu": False}
+# The interpreter takes seconds for the rotations of a step; not every test needs them.
+QUICK = RUNNING if CUDA else {**RUNNING, "rope": False}
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +228,7 @@ def test_an_adapter_gets_the_plain_gradients(first):
         pass
 
     def kernels(model):
-        apply_liger_kernel_to_emma(model, **RUNNING)
+        apply_liger_kernel_to_emma(model, **QUICK)
 
     plain = adapted(nothing, nothing)
     batch = batch_of(plain)
@@ -263,12 +265,10 @@ def test_trainer_applies_it_and_learns_the_same(trainable, processor, reference,
     from emma_hf import EmmaForConditionalGeneration
 
     dataset = ConversationDataset(save_rows(tmp_path / "rows.json"), processor, reference / "images")
-    # The interpreter takes seconds for each rotation; other tests cover it.
-    kernels = {} if CUDA else {**RUNNING, "rope": False}
     losses = []
     for liger in (False, True):
         args = TrainingArguments(
-            output_dir=str(tmp_path / str(liger)), use_liger_kernel=liger, liger_kernel_config=kernels, max_steps=2,
+            output_dir=str(tmp_path / str(liger)), use_liger_kernel=liger, liger_kernel_config=QUICK, max_steps=2,
             per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=1,
             prediction_loss_only=True, report_to=[], save_strategy="no", use_cpu=not CUDA, dataloader_pin_memory=False,
         )  # fmt: skip
