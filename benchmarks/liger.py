@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from measure import Report, in_turns, ratio
 from transformers import CLIPTextConfig, CLIPVisionConfig
+from transformers.models.llama import modeling_llama
 
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration
 from emma_hf.training import prepare
@@ -23,6 +24,7 @@ TEXT = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, 
 TEXT |= {"vocab_size": 32001, "max_position_embeddings": 4096}
 CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE, TOKENS = 32000, 576
+PLAIN_ROTARY = modeling_llama.apply_rotary_pos_emb
 
 
 def build(layers: int, dtype: torch.dtype, liger: bool) -> torch.nn.Module:
@@ -39,10 +41,17 @@ def build(layers: int, dtype: torch.dtype, liger: bool) -> torch.nn.Module:
     with torch.device("cuda"):
         model = prepare(EmmaForConditionalGeneration(config), "finetune").train()
     torch.set_default_dtype(torch.float32)
+    modeling_llama.apply_rotary_pos_emb = PLAIN_ROTARY
     if liger:
-        # The plain model shares the rotary function with this one, so both would get Liger's: it is left out.
-        apply_liger_kernel_to_emma(model, rope=False)
+        apply_liger_kernel_to_emma(model)
+    # All Llama models share one rotary function; each run puts its own in place.
+    model.rotary = modeling_llama.apply_rotary_pos_emb
     return model
+
+
+def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    modeling_llama.apply_rotary_pos_emb = model.rotary
+    return model(**batch).loss
 
 
 def batch_of(rows: int, words: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -58,7 +67,7 @@ def batch_of(rows: int, words: int, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def gradients(model: torch.nn.Module, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
-    loss = model(**batch).loss
+    loss = loss_of(model, batch)
     loss.backward()
     found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -90,13 +99,13 @@ class Step:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=False)
 
     def __call__(self) -> None:
-        self.model(**self.batch).loss.backward()
+        loss_of(self.model, self.batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 def peak(step: Step) -> tuple[float, float]:
-    """Bytes at the peak of one step: all of this process above the other model, and above what was held before."""
+    """Bytes at the peak of one step: with the weights and the optimizer of this model, and above them."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

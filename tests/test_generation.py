@@ -243,10 +243,3 @@ def test_a_wrong_number_of_images_stops_beam_search(tiny):
     inputs = {**inputs, **{name: inputs[name][:2] for name in ("pixel_values", "instruction_input_ids")}}
     with pytest.raises(ValueError, match="Image features and image tokens do not match: 48 tokens"):
         new_tokens(tiny, inputs, num_beams=2)
-
-
-@pytest.mark.slow
-def test_a_static_cache_compiles_and_gives_the_same_tokens(tiny):
-    inputs = tiny_inputs(tiny, (1,))
-    expected = new_tokens(tiny, inputs).tolist()
-    assert new_tokens(tiny, inputs, cache_implementation="static").tolist() == expected
