@@ -33,7 +33,7 @@ $(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
 
 # The kernels in Triton's interpreter, and through its compiler, which needs no GPU.
 test-kernels: .venv/kernels/ready
-	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/test_fused_alignment.py
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/test_fused_alignment.py tests/test_liger.py
 
 test-slow-kernels: .venv/kernels/ready
 	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/test_fused_alignment.py
@@ -76,7 +76,7 @@ test-app: .venv/app/ready
 # Triton takes a gigabyte, and the other tests are to pass without it: an environment of its own that sees t5's packages.
 .venv/kernels/ready: .venv/t5/ready
 	$(PYTHON) -m venv --clear .venv/kernels
-	.venv/kernels/bin/python -m pip install -q -c constraints.txt triton
+	.venv/kernels/bin/python -m pip install -q -c constraints.txt --no-deps triton liger-kernel
 	echo "import site; site.addsitedir('$$(.venv/t5/bin/python -c 'import site; print(site.getsitepackages()[0])')')" \
 	> $$(.venv/kernels/bin/python -c 'import site; print(site.getsitepackages()[0])')/t5.pth
 	touch $@

@@ -437,15 +437,15 @@ def test_a_missing_package_is_named_before_any_weight_is_made(monkeypatch):
 
 
 def test_two_copies_of_the_file_live_side_by_side():
-    # The installed one, and one that `trust_remote_code` brought.
+    # The installed one, and one under another name, as `trust_remote_code` brings it.
     tensors = operands((1, 3, 2, 4, 2), torch.float32, "cpu")
     expected = run(KERNELS, tensors)
-    spec = importlib.util.spec_from_file_location("transformers_modules.some-model.fused_alignment", fused.__file__)
+    spec = importlib.util.spec_from_file_location("emma_hf.some-model", fused.__file__)
     copy = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = copy
     try:
         spec.loader.exec_module(copy)
-        assert copy.NAMESPACE == "transformers_modules_some_model_fused_alignment" != fused.NAMESPACE
+        assert copy.NAMESPACE == "emma_hf_some_model" != fused.NAMESPACE
         for operations in ((copy.instruction_projection, copy.visual_alignment), KERNELS):
             for one, other in zip(run(operations, tensors), expected):
                 assert torch.equal(one, other)

@@ -214,7 +214,7 @@ def test_no_layer_beyond_the_selected_one_is_computed(model, cases):
         model.get_image_features(cases["single.pixel_values"], cases["single.instruction_input_ids"])
     for handle in handles:
         handle.remove()
-    assert ran == [("vision", 0), ("vision", 1), ("vision", 2), ("instruction", 0), ("instruction", 1)]
+    assert sorted(ran) == [("instruction", 0), ("instruction", 1), ("vision", 0), ("vision", 1), ("vision", 2)]
 
 
 def test_frozen_towers_keep_no_graph_and_the_rest_learns():

@@ -32,6 +32,8 @@ def test_questions_are_fresh_of_every_family_and_partly_held_out():
     # No scene of training or of another evaluation.
     assert all(scene.seed > TEST_SEEDS > TRAIN_SEEDS > CLIP_SEEDS for scene, _ in asked)
     assert not {scene.seed for scene, _ in asked} & {scene.seed for scene, _ in fresh_questions(800, seed=1)}
+    # Pairs that training never showed are asked about in scenes of any size.
+    assert {len(scene.things) for scene, question in asked if question.held_out_pair} == set(range(1, 7))
     assert 0.25 < np.mean([question.held_out_wording for _, question in asked]) < 0.42
     assert 0.15 < np.mean([question.held_out_pair for _, question in asked]) < 0.42
     for scene, question in asked:

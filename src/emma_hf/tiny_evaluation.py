@@ -31,7 +31,8 @@ def fresh_questions(count: int, seed: int = 0) -> list[tuple[Scene, Question]]:
     place = TEST_SEEDS + seed * MOST_QUESTIONS
     while len(found) < count:
         place += 1
-        chance = Chance(place)
+        # Not the scene's own: its first number decides how many things there are.
+        chance = Chance(place << 32)
         scene = Scene.random(place, held_out=chance.maybe(1 / 3))
         question = ask(scene, chance, FAMILIES[len(found) % len(FAMILIES)], held_out_wording=chance.maybe(1 / 3))
         if question is not None:
