@@ -38,7 +38,7 @@ def apply_liger_kernel_to_emma(
             float32 is closer to the gradient of the plain loss, and takes a copy of the head more.
 
     Raises:
-        ImportError: liger-kernel or triton is not installed.
+        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
         ValueError: a model that is no EMMA with its head, a language model for which Liger has no kernels, an
             activation or a head that its kernels do not compute, or no GPU.
     """
@@ -88,7 +88,7 @@ def register_with_liger() -> None:
     [`~emma_hf.trainer.EmmaTrainer`] calls it.
 
     Raises:
-        ImportError: liger-kernel or triton is not installed.
+        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -125,6 +125,6 @@ def _check_head(head: nn.Module) -> torch.Tensor:
 
 def _missing(error: ImportError) -> ImportError:
     return ImportError(
-        f"Liger's kernels need the packages liger-kernel and triton: {error}. Install them with "
-        '`pip install "emma-hf[liger]"`.'
+        f"Liger's kernels need the packages liger-kernel and triton: {str(error).rstrip('.')}. Install them with "
+        '`pip install "emma-hf[liger]"`; with Transformers 4.57, liger-kernel 0.7.'
     )
