@@ -3,7 +3,7 @@
 Both have CLIP's ViT-L/14-336 and the projector of the 7B model, the same weights at random. An untrained EMMA is
 exactly LLaVA, so the visual tokens are compared first. The baseline is LLaVA's own `get_image_features`, unmodified.
 
-    python benchmarks/vision.py [--runs 11] [--device cpu] [--dtypes float32 bfloat16] [--output FOLDER]
+    python benchmarks/vision.py [--runs 11] [--dtypes float32 bfloat16] [--images 1 4] [--questions 6] [--output FOLDER]
 """
 
 import argparse
@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=11, help="rounds (default: 11)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--images", nargs="+", type=int, default=IMAGES, help="numbers of pictures (default: 1 2 4 8)")
+    parser.add_argument("--questions", nargs="+", type=int, default=QUESTIONS, help="of questions (default: 1 2 4 6 8)")
     parser.add_argument("--output", type=Path, help="folder for JSON and plots")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -94,9 +96,9 @@ def main() -> None:
         emma, llava = build(dtype, device)
         rate = matmul_rate(device, dtype)
         picture, words = operations()
-        pixels = torch.randn(max(IMAGES), 3, 336, 336, device=device, dtype=dtype)
-        ids = torch.randint(1, 49000, (max(*IMAGES, *QUESTIONS), 77), device=device)
-        for images in IMAGES:
+        pixels = torch.randn(max(args.images), 3, 336, 336, device=device, dtype=dtype)
+        ids = torch.randint(1, 49000, (max(*args.images, *args.questions), 77), device=device)
+        for images in args.images:
             some, theirs = pixels[:images], ids[:images]
             same(f"{name}, {images}", emma.get_image_features(some, theirs).pooler_output, llava_features(llava, some))
             times = in_turns(
@@ -118,7 +120,7 @@ def main() -> None:
             )
         # What makes a difference between questions must be there: an untrained alignment ignores them.
         emma.model.modality_adaptation.visual_alignment.weight.normal_(0, 0.02)
-        for count in QUESTIONS:
+        for count in args.questions:
             some = pixels[:1], ids[:count]
             same(f"{name}, {count} questions", kept(emma, *some), anew(emma, *some))
             runs = max(2, args.runs // 2)

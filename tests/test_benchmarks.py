@@ -67,7 +67,7 @@ def test_the_runner_names_its_parts():
 @pytest.mark.parametrize(
     ("script", "arguments", "results"),
     [
-        ("vision.py", ["--dtypes", "bfloat16"], {"vision-path": "EMMA / LLaVA", "questions-per-image": "against one question"}),
+        ("vision.py", ["--dtypes", "bfloat16", "--images", "1", "--questions", "2"], {"vision-path": "EMMA / LLaVA", "questions-per-image": "against one question"}),
         ("language.py", [], {"prefill": "EMMA / LLaVA", "decoding": "LLaVA / it"}),
     ],
 )  # fmt: skip
