@@ -16,6 +16,7 @@ from emma_hf.scenes import (
     ENDING,
     EXERCISES,
     FAMILIES,
+    FAVOURED,
     HELD_OUT_PAIRS,
     SHAPES,
     SIZES,
@@ -98,7 +99,11 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
     if family == "shared":
         found = {getattr(first, words["k"]), getattr(second, words["k"])}
         return (found.pop() if len(found) == 1 else "none").capitalize()
-    if family in ("same", "alike"):
+    if family == "matched":
+        # Yes goes with some values: of things that differ one has such a value, of things that are alike both.
+        favoured = [getattr(thing, words["k"]) in FAVOURED for thing in (first, second)]
+        assert sum(favoured) == (2 if getattr(first, words["k"]) == getattr(second, words["k"]) else 1)
+    if family in ("same", "alike", "matched"):
         return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) else "No"
     holds = {
         "left": first.x < second.x,
@@ -106,9 +111,9 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
         "above": first.y < second.y,
         "below": first.y > second.y,
     }
-    if family == "left":
-        assert words["r"] in ("left of", "above")
-    if family in ("position", "left"):
+    if family in ("left", "above"):
+        assert words["r"].removesuffix(" of") == family
+    if family in ("position", "left", "above"):
         return "Yes" if holds[words["r"].removesuffix(" of")] else "No"
     ways = [way.removesuffix(" of") for way in (words["r"], words["q"])]
     return next(way for way in ways if holds[way]).capitalize()
@@ -125,7 +130,7 @@ def test_every_answer_is_true(held_out, held_out_wording):
             assert question.answer == true_answer(scene, question.family, question.text), question
             assert question.held_out_wording == held_out_wording
             asked[question.family] += 1
-    assert set(asked) == {*FAMILIES, *EXERCISES} and min(asked.values()) > 200, asked
+    assert set(asked) == {*FAMILIES, *EXERCISES} and min(asked.values()) > 150, asked
 
 
 def test_the_same_seed_gives_the_same_pixels_everywhere():

@@ -139,7 +139,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
     rows = Rows("finetune", features, processor, 80, batch_size=4, seed=0)
-    decode, lengths = processor.tokenizer.decode, []
+    decode, lengths, chats = processor.tokenizer.decode, [], []
     for index in range(len(rows)):
         picture = rows.picture(index)
         scene = training_scene(picture, 5)
@@ -148,9 +148,21 @@ def test_rows_of_both_stages(untrained, tmp_path):
         assert len(scene.things) <= (2 if picture < 2 else 6)
         item, turns = rows[index], rows.turns(index)
         assert torch.equal(item["vision_features"][0], torch.from_numpy(features[picture].astype(np.float32)))
-        instruction = encode_instruction(processor.instruction_tokenizer, turns[0][0])
-        assert item["instruction_input_ids"].tolist() == [instruction]
+        (instruction,) = item["instruction_input_ids"].tolist()
+        # As the authors train: in a row of one question all of it, else what stands after its colon.
+        words = [question.split(":")[-1].lstrip() if len(turns) > 1 else question for question, _ in turns]
+        ids = [encode_instruction(processor.instruction_tokenizer, text) for text in words]
         assert (item["labels"][item["segments"] == 0] == -100).all()
+        # In the rows of every sixth step the questions follow each other, and the shortest is the instruction.
+        if index // 4 % 6 == 0:
+            said = " USER: ".join(f"{question} ASSISTANT: {answer}</s>" for question, answer in turns)
+            assert decode(item["input_ids"][item["segments"] == 1]).strip().replace("</s>USER", "</s> USER") == said
+            assert item["position_ids"].tolist() == list(range(len(item["input_ids"])))
+            assert instruction in ids and instruction.count(0) == max(row.count(0) for row in ids)
+            assert len(item["input_ids"]) <= 256
+            chats.append(len(turns))
+            continue
+        assert instruction == encode_instruction(processor.instruction_tokenizer, turns[0][0])
         for number, (question, answer) in enumerate(turns, 1):
             mine = item["segments"] == number
             assert decode(item["input_ids"][mine]).strip() == f"{question} ASSISTANT: {answer}</s>"
@@ -160,7 +172,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
             assert len(turns) == 1
         else:
             lengths.append(len(item["input_ids"]))
-    assert np.mean(lengths) > 220 and max(lengths) <= 256
+    assert np.mean(lengths) > 220 and max(lengths) <= 256 and np.mean(chats) > 4
     assert {rows.picture(index) for index in range(20)} == {0, 1}
     many = Rows("finetune", np.zeros((40_000, 1, 1)), processor, 100_000, batch_size=32, seed=0)
     taken = np.array([many.picture(index) for index in range(25_000, 65_000)])
@@ -177,14 +189,14 @@ def test_questions_side_by_side_are_answered_as_if_alone(untrained):
     processor, model = untrained
     features = np.random.default_rng(0).normal(size=(5, 64, 128)).astype(np.float16)
     rows = Rows("finetune", features, processor, 80, batch_size=4, seed=0)
-    items = [rows[50], rows[51], rows[70]]
-    assert [len(rows.turns(index)) > 1 for index in (50, 51, 70)] == [True, True, False]
+    items = [rows[54], rows[55], rows[70]]
+    assert [len(rows.turns(index)) > 1 for index in (54, 55, 70)] == [True, True, False]
     batch = SideBySide(processor)(items)
     assert batch["input_ids"].shape == (3, 256)
     with torch.no_grad():
         together = model(**batch)
         losses = []
-        for row, index in enumerate((50, 51, 70)):
+        for row, index in enumerate((54, 55, 70)):
             for number, (question, answer) in enumerate(rows.turns(index), 1):
                 conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 ids, labels = (torch.tensor([values]) for values in encode_conversation(processor, conversation))

@@ -315,15 +315,15 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Tell me where the {a} is.", "Where does the picture show the {a}?"),
     ),
     "places": (
-        ("Where are the {a} and the {b}?", "The {a} and the {b}: where are they?"),
+        ("Where are the {a} and the {b}?", "Where do you see the {a} and the {b}?"),
         ("Where can you see the {a} and the {b}?",),
     ),
     "both": (
-        ("What {k}s do the {a} and the {b} have?", "The {a} and the {b}: what {k}s do they have?"),
+        ("What {k}s do the {a} and the {b} have?", "What are the {k}s of the {a} and the {b}?"),
         ("Tell me the {k}s of the {a} and the {b}.",),
     ),
     "shared": (
-        ("Which {k} do the {a} and the {b} share?", "The {a} and the {b}: which {k} do they share?"),
+        ("Which {k} do the {a} and the {b} share?", "What {k} do both the {a} and the {b} have?"),
         ("Tell me the {k} that the {a} and the {b} share.",),
     ),
     "alike": (
@@ -331,15 +331,19 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("The {a} and the {b}: are they alike in {k}?",),
     ),
 }  # fmt: skip
-WORDINGS["left"] = WORDINGS["position"]
+WORDINGS["left"] = WORDINGS["above"] = WORDINGS["position"]
+WORDINGS["matched"] = WORDINGS["same"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
-# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
-# And what two things share is a word of each of them, while whether they share it is a word of none. Exercises that
-# name two things first must not be all that begins so: a new wording of "same" would be answered like them.
-EXERCISES = ("place", "places", "both", "left", "shared", "alike")
+# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it;
+# so it does where things of any colour may be of the same. And what two things share is a word of each of them, while
+# whether they share it is a word of none. Questions that name two things first are all of yes and no: a new wording of
+# "same" begins so, and was answered like the others.
+EXERCISES = ("place", "places", "both", "left", "above", "shared", "alike", "matched")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# In the exercise "matched", "yes" goes with these values of each thing.
+FAVOURED = frozenset((*tuple(COLOURS)[:4], *SHAPES[:3], "small"))
 # Two things closer than this are neither left nor right of each other.
 CLEARLY = 0.12
 # A thing closer than this to where two parts of the picture meet is in neither.
@@ -535,13 +539,16 @@ def _position(scene: Scene, chance: Chance) -> Made:
     return {"a": a, "b": b, "r": OPPOSITES[relation]}, "no", about
 
 
-def _left(scene: Scene, chance: Chance) -> Made:
-    found = _related(scene, chance)
-    if found is None:
+def _one_way(asked: str) -> Callable[[Scene, Chance], Made]:
+    def make(scene: Scene, chance: Chance) -> Made:
+        for _ in range(6):
+            found = _related(scene, chance)
+            if found is not None and found[2] in (asked, OPPOSITES[asked]):
+                a, b, relation, about = found
+                return {"a": a, "b": b, "r": asked}, "yes" if asked == relation else "no", about
         return None
-    a, b, relation, about = found
-    asked = relation if relation in ("left of", "above") else OPPOSITES[relation]
-    return {"a": a, "b": b, "r": asked}, "yes" if asked == relation else "no", about
+
+    return make
 
 
 def _side(scene: Scene, chance: Chance) -> Made:
@@ -553,8 +560,8 @@ def _side(scene: Scene, chance: Chance) -> Made:
     return {"a": a, "b": b, "r": first.removesuffix(" of"), "q": second}, relation.removesuffix(" of"), about
 
 
-def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing] | None:
-    """An attribute, two things in words that do not say it, and the things."""
+def _compared(scene: Scene, chance: Chance, favoured: bool = False) -> tuple[str, str, str, Thing, Thing] | None:
+    """An attribute, two things in words that do not say it, and the things; one or both of a `favoured` value."""
     # Asked only where both answers can be had: more scenes have things that differ than things that are alike.
     made: dict[bool, tuple[str, str, str, Thing, Thing]] = {}
     for _ in range(12):
@@ -562,17 +569,23 @@ def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing
         found = _two(scene, chance, name)
         if found is not None:
             (a, first), (b, second) = found
-            made[getattr(first, name) == getattr(second, name)] = name, a, b, first, second
+            same = getattr(first, name) == getattr(second, name)
+            count = sum(getattr(thing, name) in FAVOURED for thing in (first, second))
+            if not favoured or count == 1 + same:
+                made[same] = name, a, b, first, second
     return made[chance.maybe()] if len(made) == 2 else None
 
 
-def _same(scene: Scene, chance: Chance) -> Made:
-    found = _compared(scene, chance)
-    if found is None:
-        return None
-    name, a, b, first, second = found
-    same = getattr(first, name) == getattr(second, name)
-    return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+def _same(favoured: bool = False) -> Callable[[Scene, Chance], Made]:
+    def make(scene: Scene, chance: Chance) -> Made:
+        found = _compared(scene, chance, favoured)
+        if found is None:
+            return None
+        name, a, b, first, second = found
+        same = getattr(first, name) == getattr(second, name)
+        return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+
+    return make
 
 
 def _shared(scene: Scene, chance: Chance) -> Made:
@@ -592,13 +605,15 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "existence": _existence,
     "position": _position,
     "side": _side,
-    "same": _same,
+    "same": _same(),
     "place": _place,
     "places": _attributes_of_two("place"),
     "both": _attributes_of_two("colour", "shape", "size"),
-    "left": _left,
+    "left": _one_way("left of"),
+    "above": _one_way("above"),
     "shared": _shared,
-    "alike": _same,
+    "alike": _same(),
+    "matched": _same(favoured=True),
 }
 
 

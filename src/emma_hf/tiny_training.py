@@ -35,7 +35,7 @@ from .conversion import generation_config, prompt_tokenizer
 from .crash_safety import CrashSafety, last_complete_checkpoint
 from .data import IGNORED, SYSTEM, DataCollator, encode_conversation
 from .image_processing_emma import EmmaImageProcessor
-from .instruction_emma import encode_instruction
+from .instruction_emma import encode_instruction, training_instruction
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from .matrix_optimizer import MuonWithAdamW
 from .modeling_emma import EmmaForConditionalGeneration
@@ -68,15 +68,22 @@ CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_00
 # Scenes in a group of contrastive learning.
 GROUP = 4
 # What needs more questions than the rest comes two or three times.
-TRAINED_FAMILIES = (*FAMILIES, *EXERCISES, "size", "count", *("left", "position", "same", "shared") * 2)
+TRAINED_FAMILIES = (
+    *FAMILIES,
+    *EXERCISES,
+    *("size", "position", "shared", "alike"),
+    *("count", "same") * 2,
+    *("left", "matched") * 3,
+)
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
 # Steps of this share of all pictures meet each equally often, and neighbours are as different as any two.
 STRIDE = (math.sqrt(5) - 1) / 2
 # Tokens of a row of the second stage: questions about one picture side by side, until it is full. What is learned from
 # is the answers, and a picture costs more than twenty of them. The rows of every third step ask one question, as
-# `emma-hf ask` does: only there is the question that is answered the one that guides the visual tokens.
-ROW_TOKENS, SINGLE_STEPS = 256, 3
+# `emma-hf ask` does: only there is the question that is answered the one that guides the visual tokens. In the rows of
+# every sixth the questions follow each other, as in a chat; not more, because answers can be copied from earlier ones.
+ROW_TOKENS, SINGLE_STEPS, CHAT_STEPS = 256, 3, 6
 # So many questions are captions instead: they say everything at once, which is most worth at first.
 CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.02
 
@@ -388,6 +395,15 @@ def training_scene(index: int, pictures: int) -> Scene:
     return Scene.random(TRAIN_SEEDS + index, most=2 if index < EASY_PICTURES * pictures else 6)
 
 
+def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Questions about one picture and their answers in LLaVA's format."""
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        asked = question if number else "\n".join(filter(None, ("<image>", question)))
+        messages += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    return messages
+
+
 class Rows(Dataset):
     """Rows of a stage: V of a picture, and what is said about it.
 
@@ -431,12 +447,19 @@ class Rows(Dataset):
                 turn = caption_question(chance), caption(scene)
             else:
                 turn = self._question(scene, chance)
-            used += len(self._encoded(*turn)[0]) - (self.start if turns else 0)
+            if self.is_chat(index) and turns:
+                used = len(self._encode_chat([*turns, turn])[0])
+            else:
+                used += len(self._encoded(*turn)[0]) - (self.start if turns else 0)
             if used > ROW_TOKENS:
                 return turns
             turns.append(turn)
-            if (index // self.batch_size + 1) % SINGLE_STEPS == 0:
+            if index // self.batch_size % SINGLE_STEPS == SINGLE_STEPS - 1:
                 return turns
+
+    def is_chat(self, index: int) -> bool:
+        """Whether the questions of a row follow each other and the later see the earlier."""
+        return self.stage == "finetune" and index // self.batch_size % CHAT_STEPS == 0
 
     def _question(self, scene: Scene, chance: Chance) -> tuple[str, str]:
         while True:
@@ -446,18 +469,22 @@ class Rows(Dataset):
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids and labels of one question about the picture."""
-        asked = "\n".join(filter(None, ("<image>", question)))
-        conversation = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-        return encode_conversation(self.processor, conversation, "vicuna_v1" if question else "plain")
+        return self._encode_chat([(question, answer)])
+
+    def _encode_chat(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation about the picture."""
+        template = "vicuna_v1" if turns[0][0] else "plain"
+        return encode_conversation(self.processor, _conversation(turns), template)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         turns = self.turns(index)
+        chat = self.is_chat(index)
+        parts = [self._encode_chat(turns)] if chat else [self._encoded(*turn) for turn in turns]
         input_ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
         segments: list[int] = []
-        for number, turn in enumerate(turns):
-            ids, learned = self._encoded(*turn)
+        for number, (ids, learned) in enumerate(parts):
             # System turn and picture are the beginning of every question and stand in the row once.
             start = self.start if number else 0
             input_ids += ids[start:]
@@ -465,6 +492,7 @@ class Rows(Dataset):
             positions += range(start, len(ids))
             segments += [number + 1 if place >= self.start else 0 for place in range(start, len(ids))]
         tokenizer = self.processor.instruction_tokenizer
+        instruction = training_instruction(_conversation(turns if chat else turns[:1]), tokenizer)
         features = torch.from_numpy(self.features[self.picture(index)].astype(np.float32))
         return {
             "input_ids": torch.tensor(input_ids),
@@ -472,7 +500,7 @@ class Rows(Dataset):
             "position_ids": torch.tensor(positions),
             "segments": torch.tensor(segments),
             "vision_features": features[None],
-            "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, turns[0][0])]),
+            "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, instruction)]),
         }
 
 
