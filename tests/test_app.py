@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gradio", reason="the chat page needs gradio: `make test-app`")
+import httpx
+
 from emma_hf import EMMA_TINY
 from emma_hf.instruction_emma import encode_instruction
 from emma_hf.scenes import Scene, draw
@@ -164,6 +166,25 @@ def test_a_failure_while_generating_is_not_a_page_that_waits(chat, scene, monkey
     monkeypatch.setattr(chat.model, "generate", failing)
     with pytest.raises(RuntimeError, match="no memory left"):
         list(chat.answer("What is it?", scene))
+
+
+def test_files_of_the_server_are_not_a_visitors(chat, scene):
+    blocks = APP["serve"](chat, prevent_thread_lock=True, quiet=True)
+    try:
+        address = f"{blocks.local_url}gradio_api"
+
+        def told(file: dict) -> str:
+            called = httpx.post(f"{address}/call/ask", json={"data": ["Is there a heart?", file, None, "image"]})
+            return httpx.get(f"{address}/call/ask/{called.json()['event_id']}", timeout=120).text
+
+        mark = {"meta": {"_type": "gradio.FileData"}}
+        for file in ({"path": scene["path"], **mark}, {"path": scene["path"]}):
+            assert "event: error" in told(file) and "assistant" not in told(file)
+        with open(scene["path"], "rb") as picture:
+            (path,) = httpx.post(f"{address}/upload", files={"files": picture}).json()
+        assert "event: complete" in told({"path": path, **mark}) and "assistant" in told({"path": path, **mark})
+    finally:
+        blocks.close()
 
 
 def test_the_command_line(capsys):

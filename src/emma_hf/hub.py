@@ -62,6 +62,7 @@ def export(
     examples: Sequence[tuple[str | Path, str]] = (),
     evaluation: str | Path | None = None,
     max_shard_size: int | str | None = None,
+    link: bool = False,
 ) -> Path:
     """Write the complete Hub repository of a model: weights, code, processor, card, endpoint, and a manifest of it all.
 
@@ -76,12 +77,50 @@ def export(
         evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the card's figures. Default: none, and for the
             emma-tiny that ships its own.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. Default: the files are copied as they are.
+        link: hard links to weight files in place of copies, where the file system has them; whoever changes one file
+            then changes the other.
 
     Raises:
         ValueError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
-    return _export(model, folder, repo_id, examples, evaluation, max_shard_size)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    folder = Path(folder)
+    with new_folder(folder) as target:
+        source, cache = _source(model)
+        config = _config(source)
+        ships = source.resolve() == EMMA_TINY.resolve()
+        _write_weights(source, target, cache, limit, link)
+        copy_hub_files(target)
+        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        _write_json(target / "config.json", {**values, "auto_map": AUTO_MAP})
+        _processor(source).save_pretrained(target)
+        _write_generation_config(source, target, config)
+        if (source / "tokenizer.model").is_file():
+            _copy(source, "tokenizer.model", target, cache)
+        shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
+        (target / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+
+        if ships:
+            examples = examples or _drawn_examples(target)
+            evaluation = evaluation or packaged(EVALUATION)
+        answered = _answered(examples, target)
+        card, linked = model_card(
+            source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
+        )
+        for name, path in linked.items():
+            if path == source / name:
+                _copy(source, name, target, cache)
+            else:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / name)
+        check_card(card)
+        card.save(target / CARD_NAME)
+        missing = sorted(set(REQUIRED_FILES) - set(files_of(target)))
+        if missing:
+            raise ValueError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
+        _write_json(target / MANIFEST_NAME, manifest_of(target))
+    return folder
 
 
 def push(
@@ -129,56 +168,8 @@ def push(
     # Beside the model, so that its weights need not be copied.
     beside = source.parent if source.is_dir() and os.access(source.parent, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".emma-push-", dir=beside) as place:
-        folder = _export(model, Path(place) / repo_id.split("/")[1], repo_id, link=True)
+        folder = export(model, Path(place) / repo_id.split("/")[1], repo_id, link=True)
         return _push(folder, repo_id, private, revision, force, message, token)
-
-
-def _export(
-    model: str | Path,
-    folder: str | Path,
-    repo_id: str | None = None,
-    examples: Sequence[tuple[str | Path, str]] = (),
-    evaluation: str | Path | None = None,
-    max_shard_size: int | str | None = None,
-    link: bool = False,
-) -> Path:
-    limit = None if max_shard_size is None else parse_size(max_shard_size)
-    folder = Path(folder)
-    with new_folder(folder) as target:
-        source, cache = _source(model)
-        config = _config(source)
-        ships = source.resolve() == EMMA_TINY.resolve()
-        _write_weights(source, target, cache, limit, link)
-        copy_hub_files(target)
-        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        _write_json(target / "config.json", {**values, "auto_map": AUTO_MAP})
-        _processor(source).save_pretrained(target)
-        _write_generation_config(source, target, config)
-        if (source / "tokenizer.model").is_file():
-            _copy(source, "tokenizer.model", target, cache)
-        shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
-        (target / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-
-        if ships:
-            examples = examples or _drawn_examples(target)
-            evaluation = evaluation or packaged(EVALUATION)
-        answered = _answered(examples, target)
-        card, linked = model_card(
-            source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
-        )
-        for name, path in linked.items():
-            if path == source / name:
-                _copy(source, name, target, cache)
-            else:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target / name)
-        check_card(card)
-        card.save(target / CARD_NAME)
-        missing = sorted(set(REQUIRED_FILES) - set(files_of(target)))
-        if missing:
-            raise ValueError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
-        _write_json(target / MANIFEST_NAME, manifest_of(target))
-    return folder
 
 
 def _source(model: str | Path) -> tuple[Path, Path | None]:

@@ -330,20 +330,22 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("The {a} and the {b}: are they of the same {k}?", "The {a} and the {b}: is their {k} the same?"),
         ("The {a} and the {b}: are they alike in {k}?",),
     ),
+    "told": (
+        ("Do the {a} and the {b} both have the {k} {v}?", "Is {v} the {k} of the {a} and of the {b}?",
+         "Are the {a} and the {b} both of the {k} {v}?"),
+        ("The {a} and the {b}: do both have the {k} {v}?",),
+    ),
 }  # fmt: skip
 WORDINGS["left"] = WORDINGS["above"] = WORDINGS["position"]
-WORDINGS["matched"] = WORDINGS["same"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
-# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it;
-# so it does where things of any colour may be of the same. And what two things share is a word of each of them, while
-# whether they share it is a word of none. Questions that name two things first are all of yes and no: a new wording of
-# "same" begins so, and was answered like the others.
-EXERCISES = ("place", "places", "both", "left", "above", "shared", "alike", "matched")
+# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
+# And whether two things are the same is easier to see if it is told what one of them has, or asked for what they share.
+# Questions that name two things first are all of yes and no: a new wording of "same" begins so, and was answered like
+# exercises that began so too.
+EXERCISES = ("place", "places", "both", "left", "above", "shared", "alike", "told")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# In the exercise "matched", "yes" goes with these values of each thing.
-FAVOURED = frozenset((*tuple(COLOURS)[:4], *SHAPES[:3], "small"))
 # Two things closer than this are neither left nor right of each other.
 CLEARLY = 0.12
 # A thing closer than this to where two parts of the picture meet is in neither.
@@ -560,8 +562,8 @@ def _side(scene: Scene, chance: Chance) -> Made:
     return {"a": a, "b": b, "r": first.removesuffix(" of"), "q": second}, relation.removesuffix(" of"), about
 
 
-def _compared(scene: Scene, chance: Chance, favoured: bool = False) -> tuple[str, str, str, Thing, Thing] | None:
-    """An attribute, two things in words that do not say it, and the things; one or both of a `favoured` value."""
+def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing] | None:
+    """An attribute, two things in words that do not say it, and the things."""
     # Asked only where both answers can be had: more scenes have things that differ than things that are alike.
     made: dict[bool, tuple[str, str, str, Thing, Thing]] = {}
     for _ in range(12):
@@ -569,23 +571,27 @@ def _compared(scene: Scene, chance: Chance, favoured: bool = False) -> tuple[str
         found = _two(scene, chance, name)
         if found is not None:
             (a, first), (b, second) = found
-            same = getattr(first, name) == getattr(second, name)
-            count = sum(getattr(thing, name) in FAVOURED for thing in (first, second))
-            if not favoured or count == 1 + same:
-                made[same] = name, a, b, first, second
+            made[getattr(first, name) == getattr(second, name)] = name, a, b, first, second
     return made[chance.maybe()] if len(made) == 2 else None
 
 
-def _same(favoured: bool = False) -> Callable[[Scene, Chance], Made]:
-    def make(scene: Scene, chance: Chance) -> Made:
-        found = _compared(scene, chance, favoured)
-        if found is None:
-            return None
-        name, a, b, first, second = found
-        same = getattr(first, name) == getattr(second, name)
-        return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+def _same(scene: Scene, chance: Chance) -> Made:
+    found = _compared(scene, chance)
+    if found is None:
+        return None
+    name, a, b, first, second = found
+    same = getattr(first, name) == getattr(second, name)
+    return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
 
-    return make
+
+def _told(scene: Scene, chance: Chance) -> Made:
+    found = _compared(scene, chance)
+    if found is None:
+        return None
+    name, a, b, first, second = found
+    value = getattr(chance.one((first, second)), name)
+    both = getattr(first, name) == getattr(second, name)
+    return {"a": a, "b": b, "k": name, "v": value}, "yes" if both else "no", [first.pair, second.pair]
 
 
 def _shared(scene: Scene, chance: Chance) -> Made:
@@ -605,15 +611,15 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "existence": _existence,
     "position": _position,
     "side": _side,
-    "same": _same(),
+    "same": _same,
     "place": _place,
     "places": _attributes_of_two("place"),
     "both": _attributes_of_two("colour", "shape", "size"),
     "left": _one_way("left of"),
     "above": _one_way("above"),
     "shared": _shared,
-    "alike": _same(),
-    "matched": _same(favoured=True),
+    "alike": _same,
+    "told": _told,
 }
 
 

@@ -73,7 +73,7 @@ TRAINED_FAMILIES = (
     *EXERCISES,
     *("size", "position", "shared", "alike"),
     *("count", "same") * 2,
-    *("left", "matched") * 3,
+    *("left", "told") * 3,
 )
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
