@@ -87,4 +87,4 @@ def test_the_card_says_what_was_measured():
 def test_the_figure_of_the_readme(tmp_path):
     runpy.run_path(str(RECORD / "figure.py"))["main"]([str(tmp_path / "figure.png")])
     with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.size == (1100, 660)
+        assert figure.size == (1100, 700)
