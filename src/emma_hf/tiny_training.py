@@ -67,13 +67,14 @@ PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
 # Scenes in a group of contrastive learning.
 GROUP = 4
-# What needs more questions than the rest comes two or three times.
+# What needs more questions than the rest comes several times; and most scenes allow no question that compares two things.
 TRAINED_FAMILIES = (
     *FAMILIES,
     *EXERCISES,
-    *("size", "position", "shared", "alike"),
-    *("count", "same") * 2,
-    *("left", "told") * 3,
+    "place",
+    *("count", "position") * 2,
+    *("left", "shared", "alike") * 3,
+    *("same", "told") * 5,
 )
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
@@ -85,7 +86,7 @@ STRIDE = (math.sqrt(5) - 1) / 2
 # every sixth the questions follow each other, as in a chat; not more, because answers can be copied from earlier ones.
 ROW_TOKENS, SINGLE_STEPS, CHAT_STEPS = 256, 3, 6
 # So many questions are captions instead: they say everything at once, which is most worth at first.
-CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.02
+CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.04
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Budget:
 
     clip_steps: int = 9_000
     clip_groups: int = 8
-    pictures: int = 40_000
+    pictures: int = 80_000
     pretrain_rows: int = 6_400
     finetune_rows: int = 176_000
     batch_size: int = 32
