@@ -67,7 +67,7 @@ PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000
 # Scenes in a group of contrastive learning.
 GROUP = 4
-# What needs more questions than the rest comes several times; and most scenes allow no question that compares two things.
+# What needs more questions than the rest comes several times; most scenes allow none that compares two things.
 TRAINED_FAMILIES = (
     *FAMILIES,
     *EXERCISES,
