@@ -575,32 +575,19 @@ def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing
     return made[chance.maybe()] if len(made) == 2 else None
 
 
-def _same(scene: Scene, chance: Chance) -> Made:
-    found = _compared(scene, chance)
-    if found is None:
-        return None
-    name, a, b, first, second = found
-    same = getattr(first, name) == getattr(second, name)
-    return {"a": a, "b": b, "k": name}, "yes" if same else "no", [first.pair, second.pair]
+def _comparison(family: str) -> Callable[[Scene, Chance], Made]:
+    def make(scene: Scene, chance: Chance) -> Made:
+        found = _compared(scene, chance)
+        if found is None:
+            return None
+        name, a, b, first, second = found
+        values = getattr(first, name), getattr(second, name)
+        told = chance.one(values) if family == "told" else ""
+        yes, no = (values[0], "none") if family == "shared" else ("yes", "no")
+        answer = yes if values[0] == values[1] else no
+        return {"a": a, "b": b, "k": name, "v": told}, answer, [first.pair, second.pair]
 
-
-def _told(scene: Scene, chance: Chance) -> Made:
-    found = _compared(scene, chance)
-    if found is None:
-        return None
-    name, a, b, first, second = found
-    value = getattr(chance.one((first, second)), name)
-    both = getattr(first, name) == getattr(second, name)
-    return {"a": a, "b": b, "k": name, "v": value}, "yes" if both else "no", [first.pair, second.pair]
-
-
-def _shared(scene: Scene, chance: Chance) -> Made:
-    found = _compared(scene, chance)
-    if found is None:
-        return None
-    name, a, b, first, second = found
-    shared = getattr(first, name) if getattr(first, name) == getattr(second, name) else "none"
-    return {"a": a, "b": b, "k": name}, shared, [first.pair, second.pair]
+    return make
 
 
 _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
@@ -611,15 +598,15 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "existence": _existence,
     "position": _position,
     "side": _side,
-    "same": _same,
+    "same": _comparison("same"),
     "place": _place,
     "places": _attributes_of_two("place"),
     "both": _attributes_of_two("colour", "shape", "size"),
     "left": _one_way("left of"),
     "above": _one_way("above"),
-    "shared": _shared,
-    "alike": _same,
-    "told": _told,
+    "shared": _comparison("shared"),
+    "alike": _comparison("alike"),
+    "told": _comparison("told"),
 }
 
 
