@@ -17,6 +17,7 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import TextIteratorStreamer
 
@@ -165,6 +166,16 @@ class Chat:
         return next(fitting, len(instruction))
 
 
+def check_uploaded(picture: dict[str, Any] | None) -> None:
+    """Refuse a path that a client made up. Gradio itself looks only at files that are marked as files.
+
+    Raises:
+        ValueError: a file of the server that no visitor uploaded and that is no example.
+    """
+    if picture is not None and not Path(picture["path"]).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise ValueError("There is no such picture on this page. Upload it.")
+
+
 def page(chat: Chat, note: str = "") -> gr.Blocks:
     """The page of a model, not yet served."""
     folder = Path(tempfile.mkdtemp(prefix="emma-examples-"))
@@ -174,6 +185,7 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
 
     def ask(question, picture, conversation, turn):
         try:
+            check_uploaded(picture)
             for grown in chat.answer(question, picture, conversation, turn):
                 yield "", _shown(grown), grown["marked"], grown
         except ValueError as error:
@@ -181,6 +193,7 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
 
     def check(picture):
         try:
+            check_uploaded(picture)
             if picture is not None:
                 chat.read(picture)
         except ValueError as error:
