@@ -157,6 +157,8 @@ def test_rows_of_both_stages(untrained, tmp_path):
         if index // 4 % 6 == 0:
             said = " USER: ".join(f"{question} ASSISTANT: {answer}</s>" for question, answer in turns)
             assert decode(item["input_ids"][item["segments"] == 1]).strip().replace("</s>USER", "</s> USER") == said
+            learned = decode(item["labels"][item["labels"] != -100]).split("</s>")
+            assert [text.strip() for text in learned] == [*(answer for _, answer in turns), ""]
             assert item["position_ids"].tolist() == list(range(len(item["input_ids"])))
             assert instruction in ids and instruction.count(0) == max(row.count(0) for row in ids)
             assert len(item["input_ids"]) <= 256
