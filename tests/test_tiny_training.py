@@ -13,14 +13,16 @@ from emma_hf import EmmaForConditionalGeneration
 from emma_hf.cli import main
 from emma_hf.data import encode_conversation
 from emma_hf.instruction_emma import encode_instruction
-from emma_hf.scenes import ENDING, SHAPES, Scene, caption, draw
+from emma_hf.scenes import ENDING, EXERCISES, FAMILIES, SHAPES, Scene, caption, draw
 from emma_hf.tiny_training import (
     SMOKE,
+    TRAINED_FAMILIES,
     Captioned,
     Rows,
     SideBySide,
     clip_model,
     collate_groups,
+    has_fast_bfloat16,
     tiny_processor,
     train_tiny,
     training_scene,
@@ -139,7 +141,7 @@ def test_rows_of_both_stages(untrained, tmp_path):
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
     rows = Rows("finetune", features, processor, 80, batch_size=4, seed=0)
-    decode, lengths, chats = processor.tokenizer.decode, [], []
+    decode, lengths, chats, endings = processor.tokenizer.decode, [], [], []
     for index in range(len(rows)):
         picture = rows.picture(index)
         scene = training_scene(picture, 5)
@@ -169,12 +171,15 @@ def test_rows_of_both_stages(untrained, tmp_path):
             mine = item["segments"] == number
             assert decode(item["input_ids"][mine]).strip() == f"{question} ASSISTANT: {answer}</s>"
             assert decode(item["labels"][mine & (item["labels"] != -100)]) == f"{answer}</s>"
-        # The rows of every third step ask one question.
-        if index // 4 % 3 == 2:
+        # The rows of every sixth step ask one question.
+        if index // 4 % 6 == 5:
             assert len(turns) == 1
         else:
             lengths.append(len(item["input_ids"]))
+        endings += [ENDING in question for question, _ in turns]
     assert np.mean(lengths) > 220 and max(lengths) <= 256 and np.mean(chats) > 4
+    # Half of the questions have the ending, and a quarter of these keep it.
+    assert 0.05 < np.mean(endings) < 0.2
     assert {rows.picture(index) for index in range(20)} == {0, 1}
     many = Rows("finetune", np.zeros((40_000, 1, 1)), processor, 100_000, batch_size=32, seed=0)
     taken = np.array([many.picture(index) for index in range(25_000, 65_000)])
@@ -209,6 +214,22 @@ def test_questions_side_by_side_are_answered_as_if_alone(untrained):
                 losses += [alone.loss] * int((labels != -100).sum())
     assert len(losses) == int((batch["labels"] != -100).sum())
     assert torch.allclose(together.loss, torch.stack(losses).mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_in_it(capabilities, fast):
+    assert has_fast_bfloat16(capabilities) is fast
+
+
+def test_every_family_is_asked_in_training():
+    assert set(TRAINED_FAMILIES) == {*FAMILIES, *EXERCISES}
 
 
 @pytest.mark.parametrize(
