@@ -106,7 +106,11 @@ def test_batches(processor, model, write, reference):
         for item in items
     ]
     kept = collate([{name: item[name] for name in item if name != "pixel_values"} for item in seen])
-    assert torch.equal(kept["vision_features"], model.get_vision_features(batch["pixel_values"]))
+    assert torch.equal(
+        kept["vision_features"], torch.cat([row["vision_features"] for row in seen if "vision_features" in row])
+    )
+    # Not bit for bit: some processors add up a product of another size in another order.
+    torch.testing.assert_close(kept["vision_features"], model.get_vision_features(batch["pixel_values"]))
     torch.testing.assert_close(model(**kept).loss, model(**batch).loss)
     # The loss of the batch is the loss of its rows, weighted by their labels.
     with torch.no_grad():
