@@ -5,7 +5,8 @@ tokens of all are compared first. `--geometry 7b` is the released model's size, 
 towers and has a language model of 160 million weights. What a step cannot be faster than is measured in the same run:
 reading the weights for decoding, the products for prefill.
 
-    python benchmarks/language.py [--geometry small] [--runs 7] [--compile] [--output FOLDER]
+    python benchmarks/language.py [--geometry small] [--dtype float32] [--words 64 256] [--rows 1 4] [--runs 7]
+        [--compile] [--output FOLDER]
 """
 
 import argparse
@@ -25,7 +26,7 @@ GEOMETRIES = {
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
 VOCABULARY, IMAGE, TOKENS = 32001, 32000, 576
-WORDS, BATCHES = (64, 256, 1024), (1, 4)
+WORDS, ROWS = (64, 256, 1024), (1, 4)
 SHORT, LONG = 4, 36
 
 
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="7b" if cuda else "small")
+    parser.add_argument("--words", type=int, nargs="+", default=WORDS, help="of the prompts, beside the picture")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of the batches that are decoded")
     parser.add_argument("--compile", action="store_true", help="static cache and compiled decoding too")
     parser.add_argument("--output", type=Path, help="folder for JSON and plots")
     args = parser.parse_args()
@@ -93,7 +96,7 @@ def main() -> None:
     decoded = layers + emma.lm_head.weight.numel()
 
     prefill, rate = Report("prefill", device), matmul_rate(device, dtype)
-    for words in WORDS:
+    for words in args.words:
         ours, theirs = inputs_of(1, words, dtype, device)
         logits = [model(**inputs, logits_to_keep=1).logits for model, inputs in ((emma, ours), (llava, theirs))]
         difference = (logits[0] - logits[1]).float().abs().max() / logits[1].float().abs().max()
@@ -119,8 +122,8 @@ def main() -> None:
     prefill.save(args.output, "text tokens", "EMMA / LLaVA", "geometry")
 
     decoding, read = Report("decoding", device), bandwidth(device)
-    for rows in BATCHES:
-        ours, theirs = inputs_of(rows, WORDS[0], dtype, device)
+    for rows in args.rows:
+        ours, theirs = inputs_of(rows, args.words[0], dtype, device)
         ways = {"LLaVA": (llava, theirs, {}), "EMMA": (emma, ours, {})}
         if args.compile:
             ways["EMMA, static cache, compiled"] = (emma, ours, {"cache_implementation": "static"})
