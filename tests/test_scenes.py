@@ -25,6 +25,7 @@ from emma_hf.scenes import (
     ask,
     caption,
     caption_question,
+    captioned,
     draw,
     questions,
     siblings,
@@ -95,9 +96,6 @@ def true_answer(scene: Scene, family: str, text: str) -> str:
         return f"{nine_parts(first)} and {nine_parts(second)}".capitalize()
     if family == "both":
         return f"{getattr(first, words['k'])} and {getattr(second, words['k'])}".capitalize()
-    if family == "shared":
-        found = {getattr(first, words["k"]), getattr(second, words["k"])}
-        return (found.pop() if len(found) == 1 else "none").capitalize()
     if family == "told":
         return "Yes" if getattr(first, words["k"]) == getattr(second, words["k"]) == words["v"] else "No"
     if family in ("same", "alike"):
@@ -190,6 +188,39 @@ def test_what_is_held_out_is_never_trained():
         assert {thing.pair for thing in other.things} & HELD_OUT_PAIRS
     for trained, held_out in WORDINGS.values():
         assert trained and held_out and not set(trained) & set(held_out)
+
+
+def test_training_does_not_learn_that_what_it_never_shows_is_wrong():
+    scene = next(scene for scene in map(Scene.random, SEEDS) if len(scene.things) == 3)
+    things = [
+        replace(thing, colour=colour, shape=shape)
+        for thing, (colour, shape) in zip(scene.things, [("red", "circle"), ("blue", "square"), ("white", "star")])
+    ]
+    scene = replace(scene, things=tuple(things))
+    found = {}
+    for family in ("shape", "colour", "both", "size", "count", "existence", "told"):
+        for seed in range(200):
+            if question := ask(scene, Chance(seed), family):
+                found.setdefault((family, question.answer), set()).add(question.unshown)
+    found = {asked: unshown for asked, unshown in found.items() if unshown != {()}}
+    # A red thing might be a star, a circle green, a blue thing a heart, a star red.
+    replaced = {"Circle": ("Star",), "Square": ("Heart",), "Red": ("Green",), "White": ("Red",)}
+    for answer, unshown in replaced.items():
+        assert found.pop(("shape" if answer in ("Circle", "Square") else "colour", answer)) == {unshown}
+    assert {family for family, _ in found} == {"both"}
+    assert found["both", "Red and blue"] == {("Green and blue",)}
+    assert found["both", "White and red"] == {("Red and red", "White and green")}
+    assert found["both", "Square and circle"] == {("Heart and circle", "Square and star")}
+    assert found["both", "Star and square"] == {("Star and heart",)}
+    question = captioned(scene, Chance(0))
+    changes = {("red circle", "green circle"), ("red circle", "red star"), ("blue square", "blue heart")}
+    changes.add(("white star", "red star"))
+    assert {caption(scene).replace(*change) for change in changes} == set(question.unshown)
+    assert question.answer == caption(scene) and question.text in CAPTION_WORDINGS
+    # What stands already where no other pair is held out has nothing to be replaced by.
+    assert not ask(
+        replace(scene, things=(replace(things[0], colour="white", shape="square"),)), Chance(0), "shape"
+    ).unshown
 
 
 def test_questions_are_fair():

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -117,6 +117,16 @@ class Scene:
             noise=chance.one((0, 6, 12)),
             seed=seed,
         )
+
+    @cached_property
+    def references(self) -> list[tuple[tuple[str, ...], Thing]]:
+        """Attributes that only one thing of the scene has, and that thing."""
+        ways: list[tuple[tuple[str, ...], Thing]] = []
+        for names in (("shape",), ("colour",), ("size", "shape"), ("size", "colour"), ("colour", "shape")):
+            found = Counter(tuple(getattr(thing, name) for name in names) for thing in self.things)
+            alone = (thing for thing in self.things if found[tuple(getattr(thing, name) for name in names)] == 1)
+            ways += [(names, thing) for thing in alone]
+        return ways
 
     def find(self, **attributes: str) -> list[Thing]:
         """The things that have all these attributes."""
@@ -259,6 +269,8 @@ class Question:
         family: of questions, one of [`FAMILIES`] or [`EXERCISES`].
         held_out_wording: whether training never says it so.
         held_out_pair: whether it is about a pair of colour and shape that training never shows.
+        unshown: wrong answers that would be right of such a pair. Training shows no picture for them, so it must not
+            learn that they are never right.
     """
 
     text: str
@@ -266,6 +278,7 @@ class Question:
     family: str
     held_out_wording: bool = False
     held_out_pair: bool = False
+    unshown: tuple[str, ...] = field(default=(), repr=False)
 
 
 # Per family: wordings of training, and others of the same words that only tests use.
@@ -322,12 +335,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("What {k}s do the {a} and the {b} have?", "What are the {k}s of the {a} and the {b}?"),
         ("Tell me the {k}s of the {a} and the {b}.",),
     ),
-    "shared": (
-        ("Which {k} do the {a} and the {b} share?", "What {k} do both the {a} and the {b} have?"),
-        ("Tell me the {k} that the {a} and the {b} share.",),
-    ),
     "alike": (
-        ("The {a} and the {b}: are they of the same {k}?", "The {a} and the {b}: is their {k} the same?"),
+        ("The {a} and the {b}: are they of the same {k}?", "The {a} and the {b}: is their {k} the same?",
+         "The {a} and the {b}: do they share a {k}?", "The {a} and the {b}: do they agree in {k}?"),
         ("The {a} and the {b}: are they alike in {k}?",),
     ),
     "told": (
@@ -339,10 +349,10 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 WORDINGS["left"] = WORDINGS["above"] = WORDINGS["position"]
 # Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
 # every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
-# And whether two things are the same is easier to see if it is told what one of them has, or asked for what they share.
-# Questions that name two things first are all of yes and no: a new wording of "same" begins so, and was answered like
-# exercises that began so too.
-EXERCISES = ("place", "places", "both", "left", "above", "shared", "alike", "told")
+# And whether two things are the same is easier to see if it is told what one of them has. Questions that name two
+# things first are all of yes and no: a new wording of "same" begins so, and was answered like exercises that began so
+# too. For the same reason no exercise has an answer that begins as "no" does: "none" was once said in its place.
+EXERCISES = ("place", "places", "both", "left", "above", "alike", "told")
 FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
 CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -366,6 +376,22 @@ def caption_question(chance: Chance) -> str:
     return chance.one(CAPTION_WORDINGS)
 
 
+def captioned(scene: Scene, chance: Chance) -> Question:
+    """The question for a caption and the caption, as a question of the family `caption`."""
+    things = scene.things
+    unshown = tuple(
+        caption(scene, [*things[:place], replace(thing, colour=colour, shape=shape), *things[place + 1 :]])
+        for place, thing in enumerate(things)
+        for colour, shape in _held_out_neighbours(thing.pair)
+    )
+    return Question(caption_question(chance), caption(scene), "caption", unshown=unshown)
+
+
+def _held_out_neighbours(pair: tuple[str, str]) -> list[tuple[str, str]]:
+    """The pairs that training never shows and that differ from this one in either colour or shape."""
+    return [other for other in sorted(HELD_OUT_PAIRS) if (other[0] == pair[0]) != (other[1] == pair[1])]
+
+
 def ask(scene: Scene, chance: Chance, family: str, held_out_wording: bool = False) -> Question | None:
     """A question of a family about a scene, or None where the scene allows none."""
     made = _MAKERS[family](scene, chance)
@@ -375,7 +401,16 @@ def ask(scene: Scene, chance: Chance, family: str, held_out_wording: bool = Fals
     text = chance.one(WORDINGS[family][held_out_wording]).format(**words)
     ending = ENDING if chance.maybe() else ""
     held_out = any(pair in HELD_OUT_PAIRS for pair in about)
-    return Question(text + ending, f"{answer[0].upper()}{answer[1:]}", family, held_out_wording, held_out)
+    parts = answer.split(" and ")
+    unshown = [
+        " and ".join([*parts[:place], instead, *parts[place + 1 :]])
+        for place, (part, pair) in enumerate(zip(parts, about, strict=False))
+        for other in _held_out_neighbours(pair)
+        for word, instead in zip(pair, other)
+        if word == part != instead
+    ]
+    answer, *others = (f"{said[0].upper()}{said[1:]}" for said in (answer, *unshown))
+    return Question(text + ending, answer, family, held_out_wording, held_out, tuple(others))
 
 
 def questions(scene: Scene, chance: Chance, held_out_wording: bool = False) -> list[Question]:
@@ -387,21 +422,9 @@ def questions(scene: Scene, chance: Chance, held_out_wording: bool = False) -> l
 Made = tuple[dict[str, str], str, list[tuple[str, str]]] | None
 
 
-@lru_cache(maxsize=256)
-def _ways(scene: Scene, hidden: tuple[str, ...]) -> list[tuple[tuple[str, ...], Thing]]:
-    """Attributes, none of them `hidden`, that only one thing of the scene has, and that thing."""
-    ways: list[tuple[tuple[str, ...], Thing]] = []
-    for names in (("shape",), ("colour",), ("size", "shape"), ("size", "colour"), ("colour", "shape")):
-        if not set(names) & set(hidden):
-            found = Counter(tuple(getattr(thing, name) for name in names) for thing in scene.things)
-            alone = (thing for thing in scene.things if found[tuple(getattr(thing, name) for name in names)] == 1)
-            ways += [(names, thing) for thing in alone]
-    return ways
-
-
 def _referred(scene: Scene, chance: Chance, *hidden: str) -> tuple[str, Thing] | None:
     """Words that mean one thing of the scene and do not say a `hidden` attribute, and that thing."""
-    ways = _ways(scene, hidden)
+    ways = [way for way in scene.references if not set(hidden) & set(way[0])]
     if not ways:
         return None
     names, thing = chance.one(ways)
@@ -583,8 +606,7 @@ def _comparison(family: str) -> Callable[[Scene, Chance], Made]:
         name, a, b, first, second = found
         values = getattr(first, name), getattr(second, name)
         told = chance.one(values) if family == "told" else ""
-        yes, no = (values[0], "none") if family == "shared" else ("yes", "no")
-        answer = yes if values[0] == values[1] else no
+        answer = "yes" if values[0] == values[1] else "no"
         return {"a": a, "b": b, "k": name, "v": told}, answer, [first.pair, second.pair]
 
     return make
@@ -604,7 +626,6 @@ _MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
     "both": _attributes_of_two("colour", "shape", "size"),
     "left": _one_way("left of"),
     "above": _one_way("above"),
-    "shared": _comparison("shared"),
     "alike": _comparison("alike"),
     "told": _comparison("told"),
 }

@@ -229,6 +229,8 @@ def _write(
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
         for (scene, question), text, hit in zip(asked, said, right):
             row = {"seed": scene.seed, **vars(question), "said": text, "right": hit}
+            # Of training alone.
+            del row["unshown"]
             file.write(json.dumps(row) + "\n")
 
 

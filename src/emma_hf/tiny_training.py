@@ -5,12 +5,13 @@ has one; a phase that was killed goes on from its last complete checkpoint.
 """
 
 import gzip
+import itertools
 import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ from .processing_emma import EmmaProcessor
 from .scenes import (
     ENDING,
     Chance,
+    Question,
     Scene,
     ask,
     caption,
     caption_question,
+    captioned,
     close_up,
     draw,
     questions,
@@ -68,11 +71,13 @@ CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_00
 GROUP = 4
 # How often each family is asked: most what needs most questions. Few scenes allow one that compares two things.
 TRAINED_FAMILIES = {
-    "same": 16, "told": 7, "alike": 7, "shared": 6, "both": 5,
-    "count": 10, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
-    "shape": 6, "existence": 6, "size": 5, "colour": 4,
+    "same": 12, "told": 6, "alike": 8, "both": 5,
+    "count": 20, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
+    "shape": 7, "existence": 6, "size": 5, "colour": 5,
 }  # fmt: skip
 ASKED_FAMILIES = tuple(family for family, times in TRAINED_FAMILIES.items() for _ in range(times))
+# Shares of the counts that are asked for: there are few kinds of which a picture shows three things and more.
+KEPT_COUNTS = {"0": 0.4, "1": 0.5, "2": 0.8}
 # The first pictures show two things at most, and the first rows are about them alone.
 EASY_PICTURES, EASY_ROWS = 0.3, 0.25
 # Steps of this share of all pictures meet each equally often, and neighbours are as different as any two.
@@ -309,9 +314,31 @@ class InOrder(Trainer):
 
 
 class InOrderEmma(InOrder, EmmaTrainer):
-    """[`EmmaTrainer`] in the order of the rows."""
+    """[`EmmaTrainer`] in the order of the rows, which does not learn that what is never shown is never right."""
 
     adam_share = 1.0
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of the answers' tokens, without the tokens of `unshown` answers."""
+        self.compute_loss_func = partial(loss_without, inputs.pop("unshown"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def loss_without(
+    unshown: torch.Tensor, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy among all tokens but one.
+
+    Args:
+        unshown: int64 (rows, tokens), the token that takes no part where another is right; negative where all do.
+        outputs: of the model, with `logits`, (rows, tokens, vocabulary).
+        labels: int64 (rows, tokens), not yet moved.
+        num_items_in_batch: by how many tokens the sum is divided; by the labels' own number if None.
+    """
+    logits, labels, unshown = outputs.logits[:, :-1].float(), labels[:, 1:], unshown[:, 1:, None]
+    logits = logits.masked_fill(unshown == torch.arange(logits.shape[-1], device=logits.device), -math.inf)
+    total = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
@@ -412,6 +439,10 @@ def _conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return messages
 
 
+def _said(turns: list[Question]) -> list[tuple[str, str]]:
+    return [(turn.text, turn.answer) for turn in turns]
+
+
 class Rows(Dataset):
     """Rows of a stage: V of a picture, and what is said about it.
 
@@ -442,23 +473,23 @@ class Rows(Dataset):
         easy = self.stage == "finetune" and index < EASY_ROWS * self.rows
         return int(index * STRIDE % 1 * max(1, round((EASY_PICTURES if easy else 1) * len(self.features))))
 
-    def turns(self, index: int) -> list[tuple[str, str]]:
-        """What is asked about the picture of a row, and the answers."""
+    def turns(self, index: int) -> list[Question]:
+        """What is asked about the picture of a row."""
         scene = training_scene(self.picture(index), len(self.features))
         chance = Chance((self.seed << 40) + index)
         if self.stage == "pretrain":
-            return [("", caption(scene))]
-        turns: list[tuple[str, str]] = []
+            return [replace(captioned(scene, chance), text="")]
+        turns: list[Question] = []
         used = 0
         while True:
             if chance.maybe(CAPTIONS_AT_FIRST if 5 * index < self.rows else CAPTIONS):
-                turn = caption_question(chance), caption(scene)
+                turn = captioned(scene, chance)
             else:
                 turn = self._question(scene, chance)
             if self.is_chat(index) and turns:
-                used = len(self._encode_chat([*turns, turn])[0])
+                used = len(self._encode_chat(_said([*turns, turn]))[0])
             else:
-                used += len(self._encoded(*turn)[0]) - (self.start if turns else 0)
+                used += len(self._encoded(turn.text, turn.answer)[0]) - (self.start if turns else 0)
             if used > ROW_TOKENS:
                 return turns
             turns.append(turn)
@@ -469,12 +500,12 @@ class Rows(Dataset):
         """Whether the questions of a row follow each other and the later see the earlier."""
         return self.stage == "finetune" and index // self.batch_size % CHAT_STEPS == 0
 
-    def _question(self, scene: Scene, chance: Chance) -> tuple[str, str]:
+    def _question(self, scene: Scene, chance: Chance) -> Question:
         while True:
             question = ask(scene, chance, chance.one(ASKED_FAMILIES))
-            if question is not None:
-                text = question.text if chance.maybe(ENDINGS) else question.text.removesuffix(ENDING)
-                return text, question.answer
+            kept = KEPT_COUNTS.get(question.answer, 1) if question else 0
+            if question and chance.maybe(kept):
+                return question if chance.maybe(ENDINGS) else replace(question, text=question.text.removesuffix(ENDING))
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Ids and labels of one question about the picture."""
@@ -485,10 +516,24 @@ class Rows(Dataset):
         template = "vicuna_v1" if turns[0][0] else "plain"
         return encode_conversation(self.processor, _conversation(turns), template)
 
+    def unshown(self, turn: Question) -> list[tuple[int, int]]:
+        """Where in an answer's tokens its `unshown` answers go another way, and their token there."""
+        # Answers are encoded alike behind every question, and are few.
+        question = "?" if turn.text else ""
+        input_ids, labels = self._encoded(question, turn.answer)
+        first = next(place for place, label in enumerate(labels) if label != IGNORED)
+        found = []
+        for answer in turn.unshown:
+            other_ids, _ = self._encoded(question, answer)
+            pairs = enumerate(zip(input_ids, other_ids, strict=False))
+            place, other = next((place, other) for place, (mine, other) in pairs if mine != other)
+            found.append((place - first, other))
+        return found
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         turns = self.turns(index)
         chat = self.is_chat(index)
-        parts = [self._encode_chat(turns)] if chat else [self._encoded(*turn) for turn in turns]
+        parts = [self._encode_chat(_said(turns))] if chat else [self._encoded(turn.text, turn.answer) for turn in turns]
         input_ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
@@ -500,12 +545,22 @@ class Rows(Dataset):
             labels += learned[start:]
             positions += range(start, len(ids))
             segments += [number + 1 if place >= self.start else 0 for place in range(start, len(ids))]
+        unshown = [-1] * len(labels)
+        starts = (
+            place
+            for place, (before, label) in enumerate(itertools.pairwise([IGNORED, *labels]))
+            if before == IGNORED != label
+        )
+        for start, turn in zip(starts, turns, strict=True):
+            for offset, token in self.unshown(turn):
+                unshown[start + offset] = token
         tokenizer = self.processor.instruction_tokenizer
-        instruction = training_instruction(_conversation(turns if chat else turns[:1]), tokenizer)
+        instruction = training_instruction(_conversation(_said(turns if chat else turns[:1])), tokenizer)
         features = torch.from_numpy(self.features[self.picture(index)].astype(np.float32))
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),
+            "unshown": torch.tensor(unshown),
             "position_ids": torch.tensor(positions),
             "segments": torch.tensor(segments),
             "vision_features": features[None],
@@ -531,6 +586,7 @@ class SideBySide(DataCollator):
 
         batch["input_ids"] = padded(list(batch["input_ids"]), self.pad_token_id)
         batch["labels"] = padded(list(batch["labels"]), IGNORED)
+        batch["unshown"] = padded([item["unshown"] for item in items], -1)
         batch["position_ids"] = padded([item["position_ids"] for item in items], 0)
         # The beginning is seen by all; the padding sees the beginning, because a row that sees nothing is not a number.
         segments = padded([item["segments"] for item in items], -1)
