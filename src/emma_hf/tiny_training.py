@@ -72,7 +72,7 @@ GROUP = 4
 # How often each family is asked: most what needs most questions. Few scenes allow one that compares two things.
 TRAINED_FAMILIES = {
     "same": 12, "told": 6, "alike": 8, "both": 5,
-    "count": 20, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
+    "count": 36, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
     "shape": 7, "existence": 6, "size": 5, "colour": 5,
 }  # fmt: skip
 ASKED_FAMILIES = tuple(family for family, times in TRAINED_FAMILIES.items() for _ in range(times))
