@@ -43,8 +43,8 @@ def test_the_question_guides_the_visual_tokens(tiny):
     inputs = processor(images=[scene] * 2, text=prompts, padding=True, return_tensors="pt").to(dtype=model.dtype)
     with torch.no_grad():
         first, second = model.get_image_features(inputs["pixel_values"], inputs["instruction_input_ids"]).pooler_output
-    # By 3%: these weights answer nearly as well with another question's instruction.
-    assert (first - second).abs().max() > 0.01 * first.abs().max()
+    # By 7%: these weights answer nearly as well with another question's instruction.
+    assert (first - second).abs().max() > 0.05 * first.abs().max()
 
 
 def test_the_command_answers_about_a_drawn_scene(tmp_path, capfd):
