@@ -266,7 +266,7 @@ class Question:
     Args:
         text: with or without the ending that asks for a single word.
         answer: what is right.
-        family: of questions, one of [`FAMILIES`] or [`EXERCISES`].
+        family: of questions, one of [`FAMILIES`] or [`EXERCISES`], or `caption`.
         held_out_wording: whether training never says it so.
         held_out_pair: whether it is about a pair of colour and shape that training never shows.
         unshown: wrong answers that would be right of such a pair. Training shows no picture for them, so it must not
