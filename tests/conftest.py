@@ -63,3 +63,15 @@ def photo() -> Path:
 def trainable(tmp_path_factory, processor):
     """Folder of a model of width 64 with random weights, which can be trained, and of its processor."""
     return save_trainable(tmp_path_factory.mktemp("models") / "trainable", processor)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """emma-tiny's processor with the tokenizers that the scenes teach, and EMMA around towers at random."""
+    # Here, because the environment of the chat page has no tools for training.
+    from emma_hf.tiny_training import clip_model, tiny_processor, untrained_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    processor = tiny_processor(folder / "tokenizers")
+    clip_model(processor, seed=0).save_pretrained(folder / "clip")
+    return processor, untrained_tiny(folder / "clip", processor, seed=0).eval()

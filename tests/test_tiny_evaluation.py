@@ -18,7 +18,7 @@ from emma_hf.tiny_evaluation import (
     table,
     yes_no,
 )
-from emma_hf.tiny_training import CLIP_SEEDS, TEST_SEEDS, TRAIN_SEEDS
+from emma_hf.tiny_rows import CLIP_SEEDS, TEST_SEEDS, TRAIN_SEEDS
 
 
 def thing(colour: str, shape: str) -> Thing:

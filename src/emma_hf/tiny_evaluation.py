@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
-from .tiny_training import TEST_SEEDS
+from .tiny_rows import TEST_SEEDS
 from .trainer import figure_class
 
 # Questions of one evaluation have seeds of their own, up to so many.
