@@ -1,7 +1,7 @@
 # Two environments for tests, one per supported Transformers line, and one that holds what a user installs and no more;
 # everything else is a thin wrapper around pytest and ruff.
 PYTHON ?= python3
-VERSION_t5 := 5.23.0
+VERSION_t5 := 5.24.0
 VERSION_t4 := 4.57.6
 # Transformers' own server is in 5 only.
 EXTRAS_t5 := ,serve

@@ -5,6 +5,8 @@ import torch
 from helpers import recorded_inputs, tiny_inputs, tiny_model
 from transformers import TextIteratorStreamer
 
+from emma_hf.compat_emma import CACHE_NAME
+
 RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
 
 
@@ -187,7 +189,7 @@ def test_a_second_turn_keeps_the_cache(tiny, encoded):
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         **images,
-        past_key_values=first.past_key_values,
+        **{CACHE_NAME: first[CACHE_NAME]},
         max_new_tokens=8,
         do_sample=False,
     )
@@ -211,7 +213,7 @@ def test_a_second_turn_brings_another_image(tiny, encoded, only_new):
         input_ids=ids,
         attention_mask=mask,
         **{name: value[1:] if only_new else value for name, value in images.items()},
-        past_key_values=first.past_key_values,
+        **{CACHE_NAME: first[CACHE_NAME]},
         max_new_tokens=8,
         do_sample=False,
     )

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+# From its own module: before Transformers 5.20, the name in `transformers` stands for torchvision where that is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_emma import EmmaConfig
 from .image_processing_emma import EmmaImageProcessor

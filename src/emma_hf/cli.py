@@ -337,6 +337,8 @@ class _Chat:
         """Stream the answer to one question, and remember both."""
         from transformers import TextStreamer
 
+        from .compat_emma import CACHE_NAME
+
         pictures = [] if self.messages else [{"type": "image"}] * len(self.images)
         self.messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
         inputs = self._inputs()
@@ -348,14 +350,14 @@ class _Chat:
                 self.cache.crop(-surplus)
         outputs = self.model.generate(
             **inputs,
-            past_key_values=self.cache,
+            **{CACHE_NAME: self.cache},
             max_new_tokens=self.args.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             streamer=TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         sequence = outputs.sequences[0].tolist()
-        self.cache, self.cached_ids = outputs.past_key_values, sequence[:-1]
+        self.cache, self.cached_ids = outputs[CACHE_NAME], sequence[:-1]
         text = self.processor.tokenizer.decode(sequence[len(ids) :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
 

@@ -3,6 +3,7 @@
 The package runs on Transformers 4.57 and 5.x. Everything else in it is written as if there were one version.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,16 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.generation import GenerationMixin
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+# What models, `generate` and their outputs call the cache: `cache` since 5.24. Goes with 5.23.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 # Weight names of the two towers that Transformers 4.57 nests one level deeper. Files on disk keep the deeper name, the
 # one that both versions load. Goes with 4.57.
@@ -69,7 +78,8 @@ def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor |
     if TRANSFORMERS_5:
         from transformers.masking_utils import create_causal_mask
 
-        return create_causal_mask(config=config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None)
+        # By position: the cache's name is not the same in every 5.x.
+        return create_causal_mask(config, hidden_states, None, None)
     if config._attn_implementation == "flex_attention":
         # CLIP of 4.57 would hand it the tensor below, with which it crashes the process.
         from transformers.masking_utils import create_causal_mask
@@ -79,6 +89,22 @@ def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor |
     from transformers.modeling_attn_mask_utils import _create_4d_causal_attention_mask
 
     return _create_4d_causal_attention_mask(hidden_states.shape[:2], hidden_states.dtype, hidden_states.device)
+
+
+def register_tower_names(**inner: str) -> None:
+    """Let Transformers 5 read both spellings of the towers' weight names, as it does for CLIP's own classes.
+
+    Args:
+        inner: class name of a tower, and the module of 4.57 that its names on disk go through. Goes with 4.57.
+    """
+    if not TRANSFORMERS_5:
+        return
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    for class_name, module in inner.items():
+        # A second copy of this file, from the Hub, says the same.
+        register_checkpoint_conversion_mapping(class_name, [PrefixChange(prefix_to_remove=module)], overwrite=True)
 
 
 def tower_key_mapping() -> dict[str, str] | None:

@@ -22,6 +22,7 @@ HUB_FILES = (
     "processing_emma.py",
     "image_processing_emma.py",
     "instruction_emma.py",
+    "clip_towers_emma.py",
     "compat_emma.py",
     "execution_emma.py",
     "fused_alignment.py",
@@ -119,7 +120,7 @@ class EmmaConfig(PretrainedConfig):
         "instruction_config": CLIPTextConfig,
         "text_config": AutoConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
 """Where weights lie, whether they need gradients, which processes wait for each other, what need not be done twice."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -44,25 +42,6 @@ def distinct_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
     return (distinct, places) if len(distinct) < len(ids) else (ids, None)
 
 
-def both(first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], device: torch.device) -> tuple:
-    """What two functions return that do not need each other, computed at the same time on a CUDA device.
-
-    Only where nothing is recorded for gradients, compiled or captured: these need one order of things.
-    """
-    alone = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if device.type != "cuda" or alone or torch.cuda.is_current_stream_capturing():
-        return first(), second()
-    current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        one = first()
-    other = second()
-    current.wait_stream(aside)
-    # Its memory was taken on the other stream and must not be reused there before this one has read it.
-    one.record_stream(current)
-    return one, other
-
-
 def is_hooked(module: nn.Module) -> bool:
     """Whether something else happens when `module` is called. accelerate puts a `forward` on the object itself."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -77,4 +56,4 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not is_hooked(linear)
 
 
-__all__ = ["both", "device_of", "distinct_rows", "is_hooked", "is_plain", "needs_grad", "steps_together"]
+__all__ = ["device_of", "distinct_rows", "is_hooked", "is_plain", "needs_grad", "steps_together"]

@@ -1,13 +1,13 @@
 """EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, CLIPTextModel, CLIPVisionModel
+from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
@@ -15,21 +15,20 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .clip_towers_emma import EmmaInstructionEncoder, EmmaVisionTower
 from .compat_emma import (
     HEAD_TP_PLAN,
     TIED_WEIGHTS_KEYS,
-    clip_causal_mask,
-    clip_layer,
     core_of,
     keep_nested_names_on_save,
     tower_key_mapping,
 )
 from .configuration_emma import EmmaConfig
-from .execution_emma import both, device_of, distinct_rows, needs_grad, steps_together
+from .execution_emma import device_of, distinct_rows, needs_grad, steps_together
 from .fused_alignment import EmmaVisualAlignment, check_fusion_implementation, fused_adaptation, runs_fused
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
-from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast
+from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast, language_model_fields
 from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
 
 # What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
@@ -84,7 +83,7 @@ class EmmaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["EmmaModalityAdaptation"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -139,8 +138,12 @@ class EmmaModel(EmmaPreTrainedModel):
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__(config)
         check_fusion_implementation(config.fusion_implementation)
-        self.vision_tower = CLIPVisionModel._from_config(config.vision_config)
-        self.instruction_encoder = CLIPTextModel._from_config(config.instruction_config)
+        self.vision_tower = EmmaVisionTower._from_config(
+            config.vision_config, feature_layer=config.vision_feature_layer
+        )
+        self.instruction_encoder = EmmaInstructionEncoder._from_config(
+            config.instruction_config, feature_layer=config.instruction_feature_layer
+        )
         self.modality_adaptation = EmmaModalityAdaptation(config)
         self.multi_modal_projector = EmmaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -171,17 +174,7 @@ class EmmaModel(EmmaPreTrainedModel):
         Raises:
             ValueError: wrong number of dimensions or channels, wrong size, or a dtype that is not floating point.
         """
-        self._check_pixel_values(pixel_values)
-        tower, config = self.vision_tower, self.config.vision_config
-        layers = self.config.vision_feature_layer % (config.num_hidden_layers + 1)
-        core = core_of(tower)
-        weight = core.embeddings.patch_embedding.weight
-        pixel_values = pixel_values.to(device=device_of(weight, pixel_values), dtype=weight.dtype)
-        with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
-            hidden_states = core.pre_layrnorm(core.embeddings(pixel_values))
-            for layer in core.encoder.layers[:layers]:
-                hidden_states = clip_layer(layer, hidden_states, mask=None, causal=False)
-        return self._select_vision_tokens(hidden_states)
+        return self._select_vision_tokens(self._run_vision_tower(pixel_values).last_hidden_state)
 
     def get_instruction_features(self, instruction_input_ids: torch.Tensor) -> torch.Tensor:
         """The instruction as CLIP's text encoder reads it: H, causal mask only, no padding mask, no final norm.
@@ -196,18 +189,13 @@ class EmmaModel(EmmaPreTrainedModel):
             ValueError: wrong shape or dtype, or an id outside the instruction encoder's vocabulary.
         """
         self._check_instruction_ids(instruction_input_ids)
-        encoder, config = self.instruction_encoder, self.config.instruction_config
-        layers = self.config.instruction_feature_layer % (config.num_hidden_layers + 1)
-        core = core_of(encoder)
-        weight = core.embeddings.token_embedding.weight
+        encoder = self.instruction_encoder
+        weight = core_of(encoder).embeddings.token_embedding.weight
         instruction_input_ids = instruction_input_ids.to(device_of(weight, instruction_input_ids))
         # One question about several pictures is read once.
         instruction_input_ids, rows = distinct_rows(instruction_input_ids)
         with torch.set_grad_enabled(needs_grad(encoder)):
-            hidden_states = core.embeddings(input_ids=instruction_input_ids)
-            mask = clip_causal_mask(encoder.config, hidden_states)
-            for layer in core.encoder.layers[:layers]:
-                hidden_states = clip_layer(layer, hidden_states, mask=mask, causal=True)
+            hidden_states = encoder(instruction_input_ids).last_hidden_state
         kept = {"full": slice(None), "patch": slice(1, None), "cls": slice(0, 1)}
         hidden_states = hidden_states[:, kept[self.config.instruction_feature_select_strategy]]
         return hidden_states if rows is None else hidden_states[rows]
@@ -243,7 +231,8 @@ class EmmaModel(EmmaPreTrainedModel):
             pixel_values: (images, 3, height, width), floating point.
             instruction_input_ids: (images, instruction_length), one row per image.
             vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
-            output_hidden_states: also return the vision tower's hidden states; it is then computed to its end.
+            output_hidden_states: also return the vision tower's hidden states; it is then computed to its end. Default: as
+                the config says.
             output_attentions: also return the vision tower's attentions; likewise.
 
         Returns:
@@ -255,26 +244,23 @@ class EmmaModel(EmmaPreTrainedModel):
                 in number; tensors of a wrong shape or dtype.
         """
         self._check_image_inputs(pixel_values, instruction_input_ids, vision_features)
-        hidden_states = attentions = None
+        tower = BaseModelOutputWithPooling()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if pixel_values is not None and (output_hidden_states or output_attentions):
-            tower = self._run_whole_tower(pixel_values, output_hidden_states, output_attentions)
-            vision_features = self._select_vision_tokens(tower.hidden_states[self.config.vision_feature_layer])
-            hidden_states = tower.hidden_states if output_hidden_states else None
-            attentions = tower.attentions
-        if vision_features is None:
-            instruction_features, vision_features = both(
-                lambda: self.get_instruction_features(instruction_input_ids),
-                lambda: self.get_vision_features(pixel_values),
-                core_of(self.vision_tower).embeddings.patch_embedding.weight.device,
-            )
-        else:
-            instruction_features = self.get_instruction_features(instruction_input_ids)
+            tower = self._run_vision_tower(pixel_values, output_hidden_states, output_attentions)
+            vision_features = self._select_vision_tokens(tower.last_hidden_state)
+        elif pixel_values is not None:
+            vision_features = self.get_vision_features(pixel_values)
+        instruction_features = self.get_instruction_features(instruction_input_ids)
         fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_features,
             pooler_output=self.multi_modal_projector(fused_features),
-            hidden_states=hidden_states,
-            attentions=attentions,
+            hidden_states=tower.hidden_states,
+            attentions=tower.attentions,
         )
 
     def get_placeholder_mask(
@@ -326,7 +312,6 @@ class EmmaModel(EmmaPreTrainedModel):
         instruction_input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
         image_features: torch.FloatTensor | None = None,
@@ -340,11 +325,13 @@ class EmmaModel(EmmaPreTrainedModel):
             instruction_input_ids: (images, instruction_length), one row per image.
             attention_mask: (batch, cached + new tokens), 1 where a token counts.
             position_ids: (batch, tokens).
-            past_key_values: cache of an earlier call.
             inputs_embeds: (batch, tokens, text width), in place of `input_ids`.
             vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
             image_features: (images, N, text width), the `pooler_output` of `get_image_features`, in place of
                 `pixel_values`, `vision_features` and `instruction_input_ids`.
+            **kwargs: of the language model: the cache of an earlier call (`cache`, before Transformers 5.24
+                `past_key_values`), `use_cache`, `output_hidden_states`, `output_attentions` and others. Those two are the
+                vision tower's, too.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or of the image inputs; numbers of images,
@@ -358,6 +345,7 @@ class EmmaModel(EmmaPreTrainedModel):
         given = (pixel_values, instruction_input_ids, vision_features)
         if all(value is None or value.shape[0] == 0 for value in given):
             given = (None, None, None)
+        image_outputs = None
         if image_features is not None:
             if any(value is not None for value in given):
                 raise ValueError(
@@ -365,11 +353,18 @@ class EmmaModel(EmmaPreTrainedModel):
                     "`instruction_input_ids`: pass them alone."
                 )
             self._check_features("image_features", image_features, self.config.text_config.hidden_size)
+            image_outputs = BaseModelOutputWithPooling(pooler_output=image_features)
         elif any(value is not None for value in given):
-            image_features = self.get_image_features(*given, return_dict=True).pooler_output
+            image_outputs = self.get_image_features(
+                *given,
+                output_hidden_states=kwargs.get("output_hidden_states"),
+                output_attentions=kwargs.get("output_attentions"),
+                return_dict=True,
+            )
 
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+        if image_outputs is not None:
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_outputs.pooler_output = image_features
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
         elif inputs_embeds.shape[1] > 1:
@@ -383,17 +378,10 @@ class EmmaModel(EmmaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
-        return EmmaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=image_features,
-        )
+        return EmmaModelOutputWithPast(**language_model_fields(outputs), image_outputs=image_outputs)
 
     def _unseen_picture(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
@@ -406,15 +394,18 @@ class EmmaModel(EmmaPreTrainedModel):
         instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=inputs_embeds.device)
         return self.get_image_features(picture, instruction, return_dict=True).pooler_output[:0]
 
-    def _run_whole_tower(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool | None, output_attentions: bool | None
+    def _run_vision_tower(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         self._check_pixel_values(pixel_values)
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        with torch.set_grad_enabled(needs_grad(self.vision_tower, pixel_values)):
-            return self.vision_tower(
-                pixel_values, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
-            )
+        tower = self.vision_tower
+        weight = core_of(tower).embeddings.patch_embedding.weight
+        pixel_values = pixel_values.to(device=device_of(weight, pixel_values), dtype=weight.dtype)
+        with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
+            return tower(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
 
     def _select_vision_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         keep_class = self.config.vision_feature_select_strategy == "full"
@@ -546,7 +537,6 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         instruction_input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         vision_features: torch.FloatTensor | None = None,
         image_features: torch.FloatTensor | None = None,
@@ -568,7 +558,6 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             instruction_input_ids=instruction_input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_features=vision_features,
             image_features=image_features,
@@ -584,37 +573,17 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         if loss is None and labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return EmmaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        others = language_model_fields(outputs)
+        del others["last_hidden_state"]
+        return EmmaCausalLMOutputWithPast(loss=loss, logits=logits, **others, image_outputs=outputs.image_outputs)
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        instruction_input_ids: torch.LongTensor | None = None,
-        vision_features: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+    # `generate` reads from its signature which inputs it may pass; those of the running version are all right.
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one generation step. A picture goes in exactly where the step's tokens hold its placeholders."""
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
-        images = {
-            "pixel_values": pixel_values,
-            "instruction_input_ids": instruction_input_ids,
-            "vision_features": vision_features,
-            "image_features": image_features,
-        }
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         images = {name: value for name, value in images.items() if value is not None}
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if images:
             step_ids = model_inputs.get("input_ids")
             model_inputs.update(images if step_ids is None else self._images_of_step(images, input_ids, step_ids))

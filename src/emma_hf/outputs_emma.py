@@ -1,50 +1,61 @@
-"""What the models return."""
+"""What the models return: the fields of Transformers' own outputs, under the names of its running version, and one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
+
+_LANGUAGE_MODEL_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPast))
+
+
+def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
+    """The last hidden state, cache, hidden states and attentions in `outputs`, as the running version calls them."""
+    return {name: outputs[name] for name in _LANGUAGE_MODEL_FIELDS if name in outputs}
 
 
 @dataclass
-class EmmaModelOutputWithPast(ModelOutput):
+class EmmaModelOutputWithPast(BaseModelOutputWithPast):
     """Output of [`EmmaModel`].
 
     Args:
         last_hidden_state: (batch, tokens, text width), after the language model's final norm.
-        past_key_values: the language model's cache, where `use_cache` is on.
-        hidden_states: one (batch, tokens, text width) per layer and the embeddings, where asked for.
-        attentions: one (batch, heads, tokens, tokens) per layer, where asked for.
-        image_hidden_states: (images, visual tokens, text width), what replaced the placeholders.
+        image_outputs: what [`EmmaModel.get_image_features`] returned: the visual tokens that replaced the placeholders,
+            (images, visual tokens, text width), are its `pooler_output`. None where the batch has no image.
+        **others: the cache (`cache`, before Transformers 5.24 `past_key_values`), `hidden_states` and `attentions` of the
+            language model, where they are asked for.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.FloatTensor | None:
+        """(images, visual tokens, text width), what replaced the placeholders."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
 
 
 @dataclass
-class EmmaCausalLMOutputWithPast(ModelOutput):
+class EmmaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of [`EmmaForConditionalGeneration`].
 
     Args:
         loss: scalar, where `labels` are given.
         logits: (batch, tokens or `logits_to_keep`, vocabulary).
-        past_key_values: the language model's cache, where `use_cache` is on.
-        hidden_states: one (batch, tokens, text width) per layer and the embeddings, where asked for.
-        attentions: one (batch, heads, tokens, tokens) per layer, where asked for.
-        image_hidden_states: (images, visual tokens, text width), what replaced the placeholders.
+        image_outputs: see [`EmmaModelOutputWithPast`].
+        **others: see [`EmmaModelOutputWithPast`].
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+    @property
+    def image_hidden_states(self) -> torch.FloatTensor | None:
+        """(images, visual tokens, text width), what replaced the placeholders."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
 
 
-__all__ = ["EmmaCausalLMOutputWithPast", "EmmaModelOutputWithPast"]
+__all__ = ["EmmaCausalLMOutputWithPast", "EmmaModelOutputWithPast", "language_model_fields"]
