@@ -18,7 +18,7 @@ from helpers import (
 from torch.nn import functional
 
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration, EmmaModel
-from emma_hf.compat_emma import core_of
+from emma_hf.compat_emma import CACHE_NAME, core_of
 
 RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
 
@@ -603,3 +603,33 @@ def test_weights_without_memory_are_made_under_another_default_device():
     with torch.device("cpu"):
         model._init_weights(alignment)
     assert alignment.weight.is_meta
+
+
+def test_image_outputs_hold_what_replaced_the_placeholders():
+    model = tiny_model()
+    inputs = tiny_inputs(model, images=(2,))
+    with torch.no_grad():
+        outputs, base = model(**inputs), model.model(**inputs)
+        features = model.get_image_features(inputs["pixel_values"], inputs["instruction_input_ids"])
+        words = {name: inputs[name][:, -6:] for name in ("input_ids", "attention_mask")}
+        without = model(**words)
+    for one in (outputs, base):
+        assert torch.equal(one.image_outputs.pooler_output, features.pooler_output)
+        assert torch.equal(one.image_outputs.last_hidden_state, features.last_hidden_state)
+        assert torch.equal(one.image_hidden_states, features.pooler_output)
+        assert one["image_outputs"] is one.image_outputs
+    assert without.image_outputs is None and without.image_hidden_states is None
+
+
+def test_the_cache_has_the_name_of_this_version():
+    model = tiny_model()
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        first = model(**inputs)
+        ids = first.logits[:, -1:].argmax(-1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], 1)
+        cached = model(input_ids=ids, attention_mask=mask, **{CACHE_NAME: first[CACHE_NAME]}).logits
+        images = {name: inputs[name] for name in ("pixel_values", "instruction_input_ids")}
+        again = model(input_ids=torch.cat([inputs["input_ids"], ids], 1), attention_mask=mask, **images).logits
+    torch.testing.assert_close(cached[:, -1], again[:, -1])
+    assert {CACHE_NAME, "logits", "image_outputs"} == set(first)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-# From its own module: before Transformers 5.20, the name in `transformers` stands for torchvision where that is missing.
+# From its own module: before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_emma import EmmaConfig

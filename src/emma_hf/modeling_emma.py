@@ -90,6 +90,14 @@ class EmmaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Weights that a checkpoint lacks begin as those of a model made from the config.
+
+        Transformers 5 otherwise skips CLIP's own initialization, taking it for that of other people's code.
+        """
+        return False
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EmmaVisualAlignment):
             # [identity | 0] and 0: an untrained EMMA is exactly LLaVA.
@@ -231,8 +239,8 @@ class EmmaModel(EmmaPreTrainedModel):
             pixel_values: (images, 3, height, width), floating point.
             instruction_input_ids: (images, instruction_length), one row per image.
             vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
-            output_hidden_states: also return the vision tower's hidden states; it is then computed to its end. Default: as
-                the config says.
+            output_hidden_states: also return the vision tower's hidden states; it is then computed to its end. Default:
+                as the config says.
             output_attentions: also return the vision tower's attentions; likewise.
 
         Returns:
@@ -329,9 +337,9 @@ class EmmaModel(EmmaPreTrainedModel):
             vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
             image_features: (images, N, text width), the `pooler_output` of `get_image_features`, in place of
                 `pixel_values`, `vision_features` and `instruction_input_ids`.
-            **kwargs: of the language model: the cache of an earlier call (`cache`, before Transformers 5.24
-                `past_key_values`), `use_cache`, `output_hidden_states`, `output_attentions` and others. Those two are the
-                vision tower's, too.
+            **kwargs: keywords of the language model: the cache of an earlier call (`cache`, before Transformers 5.24
+                `past_key_values`), `use_cache` and others. `output_hidden_states` and `output_attentions` also apply to
+                the vision tower.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or of the image inputs; numbers of images,

@@ -25,9 +25,9 @@ class EmmaModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         last_hidden_state: (batch, tokens, text width), after the language model's final norm.
-        image_outputs: what [`EmmaModel.get_image_features`] returned: the visual tokens that replaced the placeholders,
-            (images, visual tokens, text width), are its `pooler_output`. None where the batch has no image.
-        **others: the cache (`cache`, before Transformers 5.24 `past_key_values`), `hidden_states` and `attentions` of the
+        image_outputs: output of [`EmmaModel.get_image_features`]; its `pooler_output`, (images, visual tokens, text
+            width), replaced the placeholders. None where the batch has no image.
+        **others: cache (`cache`, before Transformers 5.24 `past_key_values`), `hidden_states` and `attentions` of the
             language model, where they are asked for.
     """
 
