@@ -257,10 +257,10 @@ class EmmaModel(EmmaPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if pixel_values is not None and (output_hidden_states or output_attentions):
+        if vision_features is None and (output_hidden_states or output_attentions):
             tower = self._run_vision_tower(pixel_values, output_hidden_states, output_attentions)
             vision_features = self._select_vision_tokens(tower.last_hidden_state)
-        elif pixel_values is not None:
+        elif vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
         instruction_features = self.get_instruction_features(instruction_input_ids)
         fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
