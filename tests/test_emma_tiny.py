@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import run_python
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -64,6 +65,24 @@ def test_what_ships_is_small_whole_and_data_alone():
     for name, module in model.model.language_model.named_modules():
         if isinstance(module, torch.nn.Linear):
             assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
+
+
+@pytest.mark.parametrize("trust", ["", ", trust_remote_code=True", ", trust_remote_code=False"])
+def test_the_pipeline_asks_no_question(trust, tmp_path):
+    # An `auto_map` in the packaged folder would name code that is not beside it, and let Transformers ask about it.
+    assert not [path for path in EMMA_TINY.glob("*.json") if "auto_map" in path.read_text()]
+    draw(Scene.random(0)).save(tmp_path / "scene.png")
+    code = f"""
+import emma_hf
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model=str(emma_hf.EMMA_TINY){trust})
+content = [{{"type": "image", "url": "scene.png"}}, {{"type": "text", "text": "How many things are there?"}}]
+print("ANSWER", pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])
+"""
+    done = run_python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Nothing else was written there, so nothing was asked.
+    assert done.stdout.split() == ["ANSWER", str(len(Scene.random(0).things))]
 
 
 def test_it_is_asked_as_the_large_model_is(processor, tiny):

@@ -92,6 +92,10 @@ def test_text_kwargs_and_special_tokens(processor):
     ids = types["input_ids"][0]
     assert types["mm_token_type_ids"][0] == [int(token == 700) for token in ids]
     assert sum(types["mm_token_type_ids"][0]) == IMAGE_TOKENS
+    assert processor.image_token_ids == [700]
+    if hasattr(processor, "create_mm_token_type_ids"):
+        # What Transformers 5 makes of the same ids by this name.
+        assert processor.create_mm_token_type_ids([ids]) == types["mm_token_type_ids"]
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 # From its own module: before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
@@ -24,9 +25,10 @@ EMMA_TINY = Path(__file__).parent / "emma-tiny"
 
 AutoConfig.register(EmmaConfig.model_type, EmmaConfig)
 AutoModel.register(EmmaConfig, EmmaModel)
-AutoModelForImageTextToText.register(EmmaConfig, EmmaForConditionalGeneration)
-if AutoModelForVision2Seq is not AutoModelForImageTextToText:
-    AutoModelForVision2Seq.register(EmmaConfig, EmmaForConditionalGeneration)
+# Not every supported version has each of them.
+for _name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq"):
+    if hasattr(transformers, _name):
+        getattr(transformers, _name).register(EmmaConfig, EmmaForConditionalGeneration)
 AutoProcessor.register(EmmaConfig, EmmaProcessor)
 AutoImageProcessor.register(EmmaConfig, slow_image_processor_class=EmmaImageProcessor)
 

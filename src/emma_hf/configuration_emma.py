@@ -32,11 +32,13 @@ HUB_FILES = (
     "quantization_emma.py",
 )
 
-# What `trust_remote_code` loads. `AutoModelForVision2Seq` is the name in Transformers 4.57, gone in 5.
+# What `trust_remote_code` loads. `AutoModelForVision2Seq` exists in Transformers 4.57 alone, `AutoModelForMultimodalLM`
+# in 5 alone; a version does not read the names that it does not know.
 AUTO_MAP = {
     "AutoConfig": "configuration_emma.EmmaConfig",
     "AutoModel": "modeling_emma.EmmaModel",
     "AutoModelForImageTextToText": "modeling_emma.EmmaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_emma.EmmaForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_emma.EmmaForConditionalGeneration",
     "AutoProcessor": "processing_emma.EmmaProcessor",
     "AutoImageProcessor": "image_processing_emma.EmmaImageProcessor",

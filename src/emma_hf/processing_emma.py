@@ -217,6 +217,11 @@ class EmmaProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "instruction_input_ids"]
 
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids in `input_ids` that stand for an image. Transformers 5 reads the placeholder's id by this name."""
+        return [self.image_token_id]
+
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs: Any) -> str:
         """What one `image_token` of a prompt expands to."""
         return self.image_token * self.image_seq_length
@@ -342,7 +347,7 @@ class EmmaProcessor(ProcessorMixin):
         )
         data = {name: batch[name] for name in batch}
         if return_mm_token_type_ids:
-            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in data["input_ids"]]
+            data["mm_token_type_ids"] = [[int(i in self.image_token_ids) for i in ids] for ids in data["input_ids"]]
         if return_offsets_mapping:
             # In the prompt as it was given: all ids of a picture have the span of its placeholder.
             data["offset_mapping"] = [
