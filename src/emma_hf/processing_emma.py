@@ -208,6 +208,9 @@ class EmmaProcessor(ProcessorMixin):
                     instructions_from_messages(messages, self.image_token, self.instruction_turn)
                     for messages in (conversation if batched else [conversation])
                 ]
+                if not any(instructions):
+                    # A template may place pictures that no message holds; their instructions are in its prompt.
+                    instructions = None
             kwargs = chat_template_kwargs(kwargs, instructions=instructions)
         return super().apply_chat_template(
             conversations if batched else conversations[0], chat_template=chat_template, **kwargs
