@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import EMMA_TINY
+from . import EMMA_TINY, __version__
 
 MODEL_HELP = "folder or Hub id (default: emma-tiny, which knows drawn shapes)"
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emma-hf", description="EMMA: questions about pictures.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that run, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     convert = commands.add_parser("convert", help="turn the authors' checkpoint into a Hub folder, or back")
@@ -132,6 +134,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("image", nargs="+", metavar="IMAGE", help="path, URL or data URL")
     chat.set_defaults(run=_chat)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions from the installed packages' metadata, without importing torch, which takes seconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        from packaging.requirements import Requirement
+
+        transformers = metadata.version("transformers")
+        wanted = [Requirement(line) for line in metadata.requires("emma-hf") or ()]
+        (limits,) = [each.specifier for each in wanted if each.name == "transformers" and not each.marker]
+        (cap,) = [limit for limit in limits if limit.operator == "<"]
+        newer = not cap.contains(transformers, prereleases=True)
+        print(f"emma-hf {__version__}")
+        print(f"transformers {transformers}{f' (newer than emma-hf is tested on, {cap}: update emma-hf)' * newer}")
+        print(f"torch {metadata.version('torch')}")
+        parser.exit()
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,41 @@ import torch
 import transformers
 from torch import nn
 from transformers.generation import GenerationMixin
+from transformers.utils import logging
+
+# `pyproject.toml` says the same to pip, and the Makefile names the versions that the tests run on. A minor version: its
+# patch releases count as tested.
+NEWEST_TESTED_TRANSFORMERS = "5.24"
+# Of each major version.
+OLDEST_TESTED_TRANSFORMERS = {4: "4.57.6", 5: "5.16.1"}
+
+
+def untested_warning(version: str) -> str | None:
+    """What a user of this version of Transformers should know and do, or `None` where EMMA is tested on it."""
+
+    def numbers(version: str) -> tuple[int, ...]:
+        # (5, 25, 0) of `5.25.0.dev0`.
+        return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+    release, newest = numbers(version), NEWEST_TESTED_TRANSFORMERS
+    oldest = OLDEST_TESTED_TRANSFORMERS[min(max(release[0], 4), 5)]
+    if release[:2] > numbers(newest):
+        reason = f"newer than {newest}, the newest"
+    elif release < numbers(oldest):
+        reason = f"older than {oldest}, the oldest {oldest[0]}.x"
+    else:
+        return None
+    return (
+        f"This is Transformers {version}, which is {reason} that EMMA is tested on: it may fail or answer wrongly. "
+        "Update EMMA (`pip install --upgrade emma-hf`; with `trust_remote_code`, load the newest revision of the model), "
+        f'or `pip install "transformers=={newest}.*"`. If EMMA is up to date and fails, tell its authors.'
+    )
+
+
+# The code files in a Hub folder come without pip's limits. Several copies of this file in one process (the package's,
+# and one for each folder) warn once.
+if _warning := untested_warning(transformers.__version__):
+    logging.get_logger("transformers.emma").warning_once(_warning)
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 

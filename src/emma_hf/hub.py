@@ -43,7 +43,7 @@ from .modeling_emma import EmmaForConditionalGeneration
 from .processing_emma import EmmaProcessor
 
 # For Inference Endpoints, which bring torch: what handler.py and the code files need besides.
-REQUIREMENTS = ("transformers>=4.57.6,<6", "pillow>=11", "ftfy>=6.3")
+REQUIREMENTS = ("transformers>=4.57.6,<5.25", "pillow>=11", "ftfy>=6.3")
 WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.md", "*.png", "*.jpg"]
 EVALUATION = "examples/emma-tiny/evaluation.json"
