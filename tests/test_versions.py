@@ -106,7 +106,7 @@ def test_the_warning_names_both_versions_and_what_to_do():
     warning = untested_warning(NEWER)
     assert f"This is Transformers {NEWER}, which is newer than {NEWEST_TESTED_TRANSFORMERS}, the newest" in warning
     assert "pip install --upgrade emma-hf" in warning
-    assert "newest revision of the model" in warning
+    assert "newest revision of the model)" in warning
     assert f'pip install "transformers=={NEWEST_TESTED_TRANSFORMERS}.*"' in warning
     assert "tell its authors" in warning
     assert "4.57.5, which is older than 4.57.6, the oldest 4.x that" in untested_warning("4.57.5")

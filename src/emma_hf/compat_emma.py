@@ -39,8 +39,8 @@ def untested_warning(version: str) -> str | None:
         return None
     return (
         f"This is Transformers {version}, which is {reason} that EMMA is tested on: it may fail or answer wrongly. "
-        "Update EMMA (`pip install --upgrade emma-hf`; with `trust_remote_code`, load the newest revision of the model), "
-        f'or `pip install "transformers=={newest}.*"`. If EMMA is up to date and fails, tell its authors.'
+        "Update EMMA (`pip install --upgrade emma-hf`; with `trust_remote_code`, load the newest revision of the "
+        f'model), or `pip install "transformers=={newest}.*"`. If EMMA is up to date and fails, tell its authors.'
     )
 
 
