@@ -33,11 +33,11 @@ $(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
 
 # The kernels in Triton's interpreter, and through its compiler, which needs no GPU.
 test-kernels: .venv/kernels/ready
-	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/test_fused_alignment.py tests/test_liger.py
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/model/test_fused_alignment.py tests/integrations/test_liger.py
 
 test-slow-kernels: .venv/kernels/ready
-	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/test_fused_alignment.py
-	.venv/kernels/bin/python $(PYTEST) -m slow tests/test_fused_alignment.py
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/model/test_fused_alignment.py
+	.venv/kernels/bin/python $(PYTEST) -m slow tests/model/test_fused_alignment.py
 
 lint: .venv/t5/ready
 	.venv/t5/bin/ruff check .
@@ -56,7 +56,7 @@ format: .venv/t5/ready
 
 # The chat page and Ray have an environment of their own, with an older Pillow, so the pixels are tested there too.
 test-app: .venv/app/ready
-	.venv/app/bin/python -m pytest tests/test_app.py tests/test_batch_inference.py tests/test_image_processing_emma.py
+	.venv/app/bin/python -m pytest tests/project/test_app.py tests/project/test_batch_inference.py tests/model/test_image_processing_emma.py
 
 .venv/app/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv --clear .venv/app

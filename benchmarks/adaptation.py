@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     # Read when triton is imported, which the package does.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from emma_hf import fused_alignment as fused
+from emma_hf.model import fused_alignment as fused
 
 VISUAL, INSTRUCTION, WIDTH, WIDTH_IN = 576, 77, 1024, 768
 EAGER = (fused.instruction_projection_reference, fused.visual_alignment_reference)

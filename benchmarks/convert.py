@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from emma_hf.checkpoint_files import in_memory, write_shards
+from emma_hf.storage.tensors import in_memory, write_shards
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "fixtures" / "reference" / "original"
 WIDTH, INNER, VOCABULARY = 2048, 5504, 700
@@ -113,7 +113,7 @@ def main() -> None:
             verify(source, output)
             largest = max(path.stat().st_size for path in output.glob("*.safetensors"))
             print(f"| {written / 1e9:.2f} GB | {largest / 1e6:.0f} MB | {peaks[-1] / 1e6:.0f} MB |", flush=True)
-    idle = int(run("import emma_hf.conversion, memory; print(memory.peak_resident())"))
+    idle = int(run("import emma_hf.conversion.converter, memory; print(memory.peak_resident())"))
     print(f"\nimports alone: {idle / 1e6:.0f} MB")
     print(f"largest peak over smallest: {max(peaks) / min(peaks):.3f} (target: under 1.10)")
 

@@ -28,7 +28,7 @@ PLAIN_ROTARY = modeling_llama.apply_rotary_pos_emb
 
 
 def build(layers: int, dtype: torch.dtype, liger: bool) -> torch.nn.Module:
-    from emma_hf.liger import apply_liger_kernel_to_emma
+    from emma_hf.integrations.liger import apply_liger_kernel_to_emma
 
     torch.manual_seed(0)
     config = EmmaConfig(

@@ -23,8 +23,8 @@ from memory import anonymous, sampled_peak
 from transformers import BitsAndBytesConfig
 
 from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.quantization_emma import bitsandbytes_config
-from emma_hf.tiny_evaluation import answers, fresh_questions, is_right
+from emma_hf.model.quantization_emma import bitsandbytes_config
+from emma_hf.tiny.evaluation import answers, fresh_questions, is_right
 
 FORMATS = ("bf16", "int8", "nf4")
 COMPONENTS = {

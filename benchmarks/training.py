@@ -177,9 +177,9 @@ def data_path(rows: int) -> tuple[float, dict[str, float]]:
         start = time.perf_counter()
         with (
             clock(processor, "image_processor", spent, "picture"),
-            clock(emma_hf.data, "encode_conversation", spent, "prompt and labels"),
-            clock(emma_hf.data, "training_instruction", spent, "instruction"),
-            clock(emma_hf.data, "encode_instruction", spent, "instruction"),
+            clock(emma_hf.data.datasets, "encode_conversation", spent, "prompt and labels"),
+            clock(emma_hf.data.datasets, "training_instruction", spent, "instruction"),
+            clock(emma_hf.data.datasets, "encode_instruction", spent, "instruction"),
         ):
             for index in range(rows):
                 dataset[index]

@@ -22,8 +22,8 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.instruction_emma import encode_instruction, instructions_from_messages
-from emma_hf.scenes import Scene, draw
+from emma_hf.model.instruction_emma import encode_instruction, instructions_from_messages
+from emma_hf.tiny.scenes import Scene, draw
 
 # Scenes in which emma-tiny has something to tell apart.
 EXAMPLE_SEEDS = (0, 3, 9, 14, 20, 27, 31, 45)

@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from helpers import save_trainable
+from support.helpers import save_trainable
 from safetensors.torch import load_file
 
 import emma_hf
@@ -69,7 +69,7 @@ def trainable(tmp_path_factory, processor):
 def untrained(tmp_path_factory):
     """emma-tiny's processor with the tokenizers that the scenes teach, and EMMA around towers at random."""
     # Here, because the environment of the chat page has no tools for training.
-    from emma_hf.tiny_training import clip_model, tiny_processor, untrained_tiny
+    from emma_hf.tiny.training import clip_model, tiny_processor, untrained_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
     processor = tiny_processor(folder / "tokenizers")

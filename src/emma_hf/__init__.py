@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 # From its own module: before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .configuration_emma import EmmaConfig
-from .image_processing_emma import EmmaImageProcessor
-from .modeling_emma import EmmaForConditionalGeneration, EmmaModel, EmmaPreTrainedModel
-from .processing_emma import EmmaProcessor
+from .model.configuration_emma import EmmaConfig
+from .model.image_processing_emma import EmmaImageProcessor
+from .model.modeling_emma import EmmaForConditionalGeneration, EmmaModel, EmmaPreTrainedModel
+from .model.processing_emma import EmmaProcessor
 
 try:
     from transformers import AutoModelForVision2Seq
@@ -20,7 +20,7 @@ except ImportError:
     AutoModelForVision2Seq = AutoModelForImageTextToText
 
 __version__ = "0.1.0"
-# Folder of the trained model that ships with the package: it answers questions about the pictures of `emma_hf.scenes`.
+# Folder of the trained model that ships with the package: it answers questions about the pictures of `emma_hf.tiny.scenes`.
 EMMA_TINY = Path(__file__).parent / "emma-tiny"
 
 AutoConfig.register(EmmaConfig.model_type, EmmaConfig)

@@ -1,0 +1,5 @@
+"""The `emma-hf` command."""
+
+from .main import main
+
+__all__ = ["main"]

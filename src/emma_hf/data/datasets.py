@@ -1,0 +1,450 @@
+"""Training rows in LLaVA's format, with the authors' labels and instructions."""
+
+import json
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..model.instruction_emma import (
+    PLACEHOLDER_ESCAPE,
+    encode_instruction,
+    escape_placeholders,
+    training_instruction,
+)
+from ..model.processing_emma import EmmaProcessor
+
+IGNORED = -100
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+class _Rows(Dataset):
+    """Prepared training rows; where a row and its pictures come from, a subclass says."""
+
+    def __init__(self, processor: EmmaProcessor, template: str, on_error: str) -> None:
+        if template not in ("vicuna_v1", "plain"):
+            raise ValueError(f"`template` must be 'vicuna_v1' or 'plain': got {template!r}.")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"`on_error` must be 'raise' or 'skip': got {on_error!r}.")
+        self.processor = processor
+        self.template = template
+        self.on_error = on_error
+        # In shared memory, so that what a loader's worker skips is known here.
+        self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A row as it stands in its source."""
+        raise NotImplementedError
+
+    def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
+        """Conversation and pictures of a row."""
+        raise NotImplementedError
+
+    def _name(self, index: int) -> str:
+        return f"Row {index}"
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels` (tokens), `pixel_values` (pictures, 3, height, width) and `instruction_input_ids`
+        (pictures, instruction_length); the last two only where the row has pictures.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Row {index} of {len(self)}.")
+        if self.on_error == "raise":
+            return self._item(index % len(self))
+        for step in range(len(self)):
+            place = (index + step) % len(self)
+            try:
+                return self._item(place)
+            except (ValueError, FileNotFoundError):
+                self._skipped[place] = True
+        raise ValueError(f"Not one row can be learned from. {self._reason(index % len(self))}")
+
+    def conversation(self, index: int) -> tuple[list[dict[str, str]], list[Any]]:
+        """A row's messages, in LLaVA's format, and its pictures: paths or images.
+
+        Raises:
+            ValueError, FileNotFoundError: as reading the row as an item does.
+        """
+        try:
+            return self._read(self.row(index))
+        except (ValueError, FileNotFoundError) as error:
+            raise _named(error, self._name(index)) from error
+
+    def _item(self, index: int) -> dict[str, torch.Tensor]:
+        conversation, pictures = self.conversation(index)
+        try:
+            return self._prepare(conversation, pictures)
+        except (ValueError, FileNotFoundError) as error:
+            raise _named(error, self._name(index)) from error
+
+    def _prepare(self, conversation: list[dict[str, str]], pictures: list[Any]) -> dict[str, torch.Tensor]:
+        processor = self.processor
+        input_ids, labels = encode_conversation(processor, conversation, self.template)
+        found = input_ids.count(processor.image_token_id) // processor.image_seq_length
+        if found != len(pictures):
+            raise ValueError(
+                f"Each `{processor.image_token}` in a row stands for one of its pictures: got {found} placeholders and "
+                f"{len(pictures)} pictures."
+            )
+        item = {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+        if pictures:
+            tokenizer, length = processor.instruction_tokenizer, processor.instruction_length
+            spoken = [message for message in conversation if ROLES[message["from"]] != "system"]
+            text = training_instruction(spoken, tokenizer, processor.image_token, length)
+            ids = encode_instruction(tokenizer, text.replace(PLACEHOLDER_ESCAPE, ""), length)
+            item["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            item["instruction_input_ids"] = torch.tensor([ids] * len(pictures))
+        return item
+
+    def modality_lengths(self) -> np.ndarray:
+        """Words of each row, int32 (rows,), negative where the row has no picture: what batches are grouped by.
+
+        Computed once, in one pass that opens no picture.
+        """
+        if not hasattr(self, "_lengths"):
+            row_of = self._rows_without_pictures()
+            self._lengths: np.ndarray = np.zeros(len(self), dtype=np.int32)
+            for index in tqdm(range(len(self)), desc="lengths of rows", delay=2):
+                try:
+                    conversation, pictures = self._read(row_of(index))
+                    words = max(1, sum(len(text.split()) for _, text in _turns(conversation)))
+                except ValueError:
+                    # Told, or skipped, when the row's turn comes.
+                    words, pictures = 1, []
+                self._lengths[index] = words if pictures else -words
+        return self._lengths
+
+    def _rows_without_pictures(self) -> Callable[[int], Any]:
+        """How to get a row when nobody looks at its pictures."""
+        return self.row
+
+    @property
+    def skipped_rows(self) -> list[int]:
+        """Rows that `on_error="skip"` has left out so far, those that a loader's workers met included."""
+        return self._skipped.nonzero().flatten().tolist()
+
+    def skipped_report(self) -> str | None:
+        """How many rows were left out, and why each of the first ten; None where none was."""
+        rows = self.skipped_rows
+        if not rows:
+            return None
+        reasons = [self._reason(row) for row in rows[:10]]
+        more = [f"… and {len(rows) - 10} more."] if len(rows) > 10 else []
+        return "\n".join([f"{len(rows)} of {len(self)} rows were skipped:", *reasons, *more])
+
+    def _reason(self, index: int) -> str:
+        try:
+            self._item(index)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return f"{self._name(index)}: it can be read now."
+
+
+class ConversationDataset(_Rows):
+    """Rows of a LLaVA-format file: `{"image": name or names, "conversations": [{"from": …, "value": …}, …]}`.
+
+    The file is not kept in memory: two 64-bit offsets per row find it again.
+
+    Args:
+        data_path: a JSON file that holds a list of rows, or a JSONL file with a row a line.
+        processor: its tokenizers and image processor prepare the rows.
+        image_folder: where the rows' pictures lie. Default: beside `data_path`.
+        template: `"vicuna_v1"`, the conversation, or `"plain"`, the first stage's pictures and caption.
+        on_error: `"raise"`, or `"skip"`: the next good row takes the place of one that cannot be used;
+            `skipped_report` names them.
+
+    Raises:
+        FileNotFoundError: no file, or (of a row) no picture.
+        ValueError: an unknown template, a file or row that is not in the format, pictures and placeholders of a row
+            that differ in number, a row longer than the model's context, or without a word to learn from.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        processor: EmmaProcessor,
+        image_folder: str | Path | None = None,
+        template: str = "vicuna_v1",
+        on_error: str = "raise",
+    ) -> None:
+        self.path = Path(data_path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"There is no file of rows at {self.path}. Check the path.")
+        self.image_folder = self.path.parent if image_folder is None else Path(image_folder)
+        self.spans = _row_spans(self.path)
+        super().__init__(processor, template, on_error)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A row as it stands in the file."""
+        start, end = self.spans[index]
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
+    def _name(self, index: int) -> str:
+        return f"Row {index} of {self.path.name}"
+
+    def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
+        if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+            raise ValueError("A row must be an object with a list of `conversations`.")
+        names = row.get("image") or []
+        names = names if isinstance(names, list) else [names]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`image` must be the name of a picture, or a list of names: got {row['image']!r}.")
+        return row["conversations"], [self.image_folder / name for name in names]
+
+
+class ChatDataset(_Rows):
+    """Rows of chat messages, such as a `datasets.Dataset`, with the labels and instructions of LLaVA's rows.
+
+    A row is `{"messages": [{"role": …, "content": text or parts}, …]}`. A picture is a part `{"type": "image"}` that
+    holds it (`image`, `url`, `path` or `base64`), or else the next of the row's `images`. Where no message says where
+    the row's `images` belong, they open the first user turn, as TRL reads such rows.
+
+    Args:
+        rows: anything with a length and rows by number.
+        processor: as for [`ConversationDataset`], like `template` and `on_error`.
+
+    Raises:
+        ValueError: as [`ConversationDataset`]; rows without a length, such as a streamed dataset.
+        FileNotFoundError: no picture at a path of a row.
+    """
+
+    def __init__(
+        self, rows: Any, processor: EmmaProcessor, template: str = "vicuna_v1", on_error: str = "raise"
+    ) -> None:
+        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+            raise ValueError(
+                f"`rows` must have a length and rows by number: got {type(rows).__name__}. Load the dataset without "
+                "`streaming=True`."
+            )
+        self.rows = rows
+        super().__init__(processor, template, on_error)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """A row as it stands in `rows`."""
+        return self.rows[index]
+
+    def _rows_without_pictures(self) -> Callable[[int], Any]:
+        # A `datasets.Dataset` decodes the pictures of each row that it gives; its Arrow view does not.
+        if getattr(self.rows, "format", {"type": "none"})["type"] is not None:
+            return self.row
+        arrow = self.rows.with_format("arrow")
+        return lambda index: arrow[index].to_pylist()[0]
+
+    def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
+        if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list):
+            raise ValueError("A row must have a list of `messages`.")
+        token = self.processor.image_token
+        waiting = row.get("images") or row.get("image") or []
+        waiting = list(waiting) if isinstance(waiting, (list, tuple)) else [waiting]
+        conversation, pictures = [], []
+        for message in row["messages"]:
+            text, found = _message_in_llava_format(message, token)
+            for picture in found:
+                if picture is None and not waiting:
+                    raise ValueError(
+                        "Each picture part must hold its picture, or the row's `images` must: got fewer `images` than "
+                        "parts."
+                    )
+                pictures.append(_picture(waiting.pop(0) if picture is None else picture))
+            conversation.append({"from": message.get("role", ""), "value": text})
+        if waiting and not any(token in message["value"] for message in conversation):
+            for message in conversation:
+                if message["from"] == "user":
+                    message["value"] = f"{token}\n" * len(waiting) + message["value"]
+                    break
+        return conversation, pictures + [_picture(picture) for picture in waiting]
+
+
+class DataCollator:
+    """Makes a batch of dataset items: padded at the right, pictures of all rows in one tensor.
+
+    The number of pictures may differ from row to row; a batch without any has no `pixel_values`. Items may hold
+    `vision_features` (pictures, N, vision width) in their place, computed once for frozen towers.
+    """
+
+    def __init__(self, processor: EmmaProcessor) -> None:
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        if self.pad_token_id is None:
+            raise ValueError("Padding needs a padding token: set `processor.tokenizer.pad_token`.")
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` (batch, tokens), and the pictures and instructions of all rows."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = [item["input_ids"] for item in items]
+        batch = {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED),
+        }
+        for name in ("pixel_values", "vision_features", "instruction_input_ids"):
+            rows = [item[name] for item in items if name in item]
+            if rows:
+                batch[name] = torch.cat(rows)
+        return batch
+
+
+def encode_conversation(
+    processor: EmmaProcessor, conversation: list[dict[str, str]], template: str = "vicuna_v1"
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation; the loss is on the assistant's words and their end alone.
+
+    Raises:
+        ValueError: messages that do not alternate, a row longer than the tokenizer's `model_max_length`, or no label.
+    """
+    turns = _turns(conversation)
+    pieces = _plain(turns, processor) if template == "plain" else _vicuna(turns, processor)
+    text = "".join(piece for piece, _ in pieces)
+    input_ids, spans = processor._encode_prompt(text, add_special_tokens=True)
+    learned, position = [], 0
+    for piece, learn in pieces:
+        if learn:
+            learned.append((position, position + len(piece)))
+        position += len(piece)
+    labels = [
+        token if any(start < stop and end > begin for begin, stop in learned) and end > start else IGNORED
+        for token, (start, end) in zip(input_ids, spans)
+    ]
+    limit = processor.tokenizer.model_max_length
+    if len(input_ids) > limit:
+        raise ValueError(
+            f"A row must fit the model's context of {limit} tokens: it has {len(input_ids)}, {len(input_ids) - limit} "
+            "too many. Shorten it, or raise `processor.tokenizer.model_max_length` if the model allows."
+        )
+    if all(label == IGNORED for label in labels):
+        raise ValueError("A row needs words of the assistant to learn from: all its labels are -100.")
+    return input_ids, labels
+
+
+def _turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Roles and texts: a system turn or none, then user and assistant by turns.
+
+    An assistant turn that opens the row is dropped.
+    """
+    turns = []
+    for message in conversation:
+        values = message if isinstance(message, Mapping) else {}
+        role, text = values.get("from"), values.get("value")
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+            raise ValueError(
+                "A message needs `from` (human or gpt; in a chat `role`, user or assistant) and a text: got "
+                f"{str(message)[:200]}."
+            )
+        turns.append((ROLES[role], text))
+    system = turns[:1] if turns and turns[0][0] == "system" else []
+    turns = turns[len(system) :]
+    if turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+    roles = [role for role, _ in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"User and assistant must take turns, and the assistant must end the row: got {roles}.")
+    return system + turns
+
+
+def _vicuna(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tuple[str, bool]]:
+    token = processor.image_token
+    pieces = [] if turns[0][0] == "system" else [(SYSTEM, False)]
+    for role, text in turns:
+        if role == "system":
+            pieces.append((f"{escape_placeholders(text, token)} ", False))
+        elif role == "user":
+            count = text.count(token)
+            # The authors' `preprocess_multimodal`: placeholders to the front, each on a line of its own.
+            words = text.replace(token, "").strip() if count else text
+            pieces.append((f"USER: {f'{token}{chr(10)}' * count}{words} ASSISTANT:", False))
+        else:
+            pieces.append((f" {escape_placeholders(text, token)}{processor.tokenizer.eos_token}", True))
+    return pieces
+
+
+def _plain(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tuple[str, bool]]:
+    token = processor.image_token
+    if len(turns) != 2 or turns[0][0] != "user" or token not in turns[0][1]:
+        raise ValueError(
+            f"A row of the `plain` template is a picture and its caption: got {len(turns)} turns and "
+            f"{turns[0][1].count(token)} placeholders in the first."
+        )
+    caption = escape_placeholders(turns[1][1], token)
+    return [(token * turns[0][1].count(token), False), (f"{caption}\n", True)]
+
+
+def _message_in_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]]:
+    """Text of a chat message, with a placeholder for each picture part, and what those parts hold (None: nothing)."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content, [None] * (content.count(token) if message.get("role") == "user" else 0)
+    if not isinstance(content, list):
+        raise ValueError(f"A message needs `content`, a text or a list of parts: got {message}.")
+    text, pictures = "", []
+    for part in content:
+        if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
+            raise ValueError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
+        if part.get("type") == "text":
+            text += escape_placeholders(part["text"], token)
+        elif part.get("type") == "image":
+            held = (part.get(key) for key in ("image", "url", "path", "base64"))
+            pictures.append(next((picture for picture in held if picture is not None), None))
+        else:
+            raise ValueError(f"A part of a message must be of type 'text' or 'image': got {part.get('type')!r}.")
+    return f"{token}\n" * len(pictures) + text, pictures
+
+
+def _picture(picture: Any) -> Any:
+    # What `datasets` gives for a picture that it does not decode.
+    if isinstance(picture, Mapping):
+        return picture["bytes"] if picture.get("bytes") is not None else picture["path"]
+    return picture
+
+
+def _named(error: Exception, name: str) -> Exception:
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    return kind(f"{name}: {error}")
+
+
+def _row_spans(path: Path) -> np.ndarray:
+    """First and last byte of each row, int64 (rows, 2)."""
+    spans = array("q")
+    if path.suffix == ".jsonl":
+        position = 0
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    spans.extend((position, position + len(line)))
+                position += len(line)
+        return np.array(spans, dtype=np.int64).reshape(-1, 2)
+    text = path.read_text(encoding="utf-8")
+    decoder, index, offset, last = json.JSONDecoder(), 0, 0, 0
+    try:
+        index = text.index("[") + 1
+        while True:
+            while text[index] in " \t\r\n,":
+                index += 1
+            if text[index] == "]":
+                break
+            _, end = decoder.raw_decode(text, index)
+            offset += len(text[last:index].encode())
+            size = len(text[index:end].encode())
+            spans.extend((offset, offset + size))
+            offset, last, index = offset + size, end, end
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} must hold a JSON list of rows ({error}). Is it complete?") from error
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,173 @@
+"""`README.md` of a Hub repository: from the model's own card, or from MODEL_CARD.md, with its YAML filled in."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from ..model.configuration_emma import EmmaConfig
+
+CARD_NAME = "README.md"
+# In the cards: the name of the repository, and what holds for the released weights alone.
+PLACEHOLDER = re.compile(r"\borg/emma-(7b|tiny)\b")
+RELEASED_BLOCK = re.compile(r"<!-- released -->\n(.*?)<!-- end -->\n", re.DOTALL)
+RELEASED_KEYS = ("base_model", "datasets", "license", "license_link", "license_name", "eval_results", "model_name")
+DEFAULTS: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "language": ["en"]}
+TAGS = ("emma", "multimodal", "vision-language")
+
+
+def packaged(name: str) -> Path:
+    """A file of the repository's root, which in an installed package lies inside it.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    here = Path(__file__).parent
+    for folder in (here, here.parents[1]):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"This installation of emma-hf lacks {name}. Install the package again.")
+
+
+def model_card(
+    source: Path,
+    config: EmmaConfig,
+    name: str,
+    evaluation: Path | None = None,
+    examples: Sequence[tuple[str, str, str]] = (),
+) -> tuple[ModelCard, dict[str, Path]]:
+    """The card of a model, and the pictures that it shows.
+
+    Args:
+        source: folder of the model. Its own `README.md` is the card, if there is one.
+        config: of the model; MODEL_CARD.md says less of a model that has not the released shape.
+        name: of the model; a Hub id (`org/name`) stands in the card's examples, too.
+        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the `model-index`.
+        examples: for the widget: name of a picture in the repository, question, and the model's answer to it.
+
+    Returns:
+        The card, and the files that it links to: name in the repository to file.
+
+    Raises:
+        ValueError: a card whose YAML cannot be read, or an `evaluation` of another form.
+    """
+    own = source / CARD_NAME
+    path = own if own.is_file() else packaged("MODEL_CARD.md")
+    text = path.read_text(encoding="utf-8")
+    if path == own:
+        card = _parsed(text, path)
+    else:
+        card = _parsed(RELEASED_BLOCK.sub(r"\1" if is_released_shape(config) else "", text), path)
+        if not is_released_shape(config):
+            for key in RELEASED_KEYS:
+                card.data[key] = None
+            card.text = re.sub(r"^# .*$", f"# {name.split('/')[-1]}", card.text, count=1, flags=re.MULTILINE)
+    if name.count("/") == 1:
+        card.text = PLACEHOLDER.sub(name, card.text)
+
+    data = card.data
+    for key, value in DEFAULTS.items():
+        if data.get(key) is None:
+            data[key] = value
+    data["tags"] = list(dict.fromkeys([*(data.get("tags") or ()), *TAGS]))
+    if data.get("model_name") is None and (evaluation is not None or data.get("eval_results")):
+        data["model_name"] = name.split("/")[-1]
+    if evaluation is not None:
+        data["eval_results"] = measured(evaluation)
+    if examples:
+        data["widget"] = [
+            {"src": picture, "text": question, "output": {"text": answer}} for picture, question, answer in examples
+        ]
+    shown = {picture for picture, _, _ in examples}
+    return card, {name: file for name, file in _linked(card, path.parent).items() if name not in shown}
+
+
+def is_released_shape(config: EmmaConfig) -> bool:
+    """Whether a model has the released model's towers and language model, so that its card fits."""
+    released = EmmaConfig()
+    parts = {
+        "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size"),
+        "instruction_config": ("hidden_size", "num_hidden_layers", "vocab_size"),
+        "text_config": ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"),
+    }
+    return all(
+        getattr(getattr(config, part), key) == getattr(getattr(released, part), key)
+        for part, keys in parts.items()
+        for key in keys
+    )
+
+
+def measured(path: Path) -> list[EvalResult]:
+    """The figures that `emma-hf tiny evaluate` counted, as the Hub's `model-index` wants them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of that command.
+    """
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        shares = [("accuracy", group, count["share"]) for group, count in result["accuracy"].items()]
+        shares.append(("f1", "yes/no", result["yes_no"]["f1"]))
+        shares += [("rate", group, count["share"]) for group, count in result["captions"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"An evaluation must be the evaluation.json that `emma-hf tiny evaluate --output` writes: {path} is not "
+            f"({error!r})."
+        ) from error
+    return [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="Captions of drawn scenes" if kind == "rate" else "Questions about drawn scenes",
+            dataset_type="emma-hf-scenes",
+            dataset_name="Fresh scenes of emma_hf.tiny.scenes",
+            dataset_config=group,
+            metric_type=kind,
+            metric_name=f"{kind}, {group}",
+            metric_value=round(value, 4),
+        )
+        for kind, group, value in shares
+    ]
+
+
+def check_card(card: ModelCard) -> None:
+    """Hold a card to what the Hub's own library can check without the Hub.
+
+    Raises:
+        ValueError: the YAML does not survive being written and read, or its results are incomplete.
+    """
+    again = _parsed(str(card), Path(CARD_NAME))
+    data = again.data.to_dict()
+    if data != card.data.to_dict():
+        raise ValueError("The YAML of README.md does not survive being written and read again.")
+    if card.data.get("eval_results"):
+        eval_results_to_model_index(card.data["model_name"], card.data["eval_results"])
+
+
+def _parsed(text: str, path: Path) -> ModelCard:
+    try:
+        card = ModelCard(text)
+    # The YAML parser has errors of its own, and the card's are plain.
+    except Exception as error:
+        raise ValueError(
+            f"The head of {path} must be YAML that the Hub reads: {' '.join(str(error).split())}."
+        ) from error
+    return card
+
+
+def _linked(card: ModelCard, folder: Path) -> dict[str, Path]:
+    """The files beside a card that its links and its widget name, none of them outside its folder."""
+    links = re.findall(r"\]\(\s*<?([^)>\s#]+)", card.text) + re.findall(r'src="([^"]+)"', card.text)
+    links += [str(example.get("src", "")) for example in card.data.get("widget") or () if isinstance(example, dict)]
+    found = {}
+    for link in links:
+        parts = PurePosixPath(link).parts
+        path = folder / link
+        if ":" in link or link in ("", CARD_NAME) or parts[0] == "/" or ".." in parts or not path.is_file():
+            continue
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".md", ".txt"):
+            found[PurePosixPath(link).as_posix()] = path
+    return found

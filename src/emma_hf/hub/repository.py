@@ -1,0 +1,433 @@
+"""A model as a complete Hub repository: written to a folder, and from there to the Hub."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from .. import EMMA_TINY
+from ..storage.tensors import parse_size, read_checkpoint, write_shards
+from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
+from ..conversion.converter import generation_config, new_folder
+from .verification import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    REQUIRED_FILES,
+    WEIGHTS_NAME,
+    files_of,
+    hub_errors,
+    hub_id,
+    is_own_file,
+    is_remote_file,
+    manifest_of,
+    read_manifest,
+    sha256_of,
+    size_of,
+)
+from .model_card import CARD_NAME, check_card, model_card, packaged
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+
+# For Inference Endpoints, which bring torch: what handler.py and the code files need besides.
+REQUIREMENTS = ("transformers>=4.57.6,<5.25", "pillow>=11", "ftfy>=6.3")
+WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
+SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.md", "*.png", "*.jpg"]
+EVALUATION = "examples/emma-tiny/evaluation.json"
+# Questions about drawn scenes that stand in emma-tiny's widget: seed of the scene, question.
+TINY_EXAMPLES = (
+    (0, "How many things are there?"),
+    (1, "Describe the picture."),
+    (2, "Is there a star?\nAnswer the question using a single word or phrase."),
+)
+
+
+def export(
+    model: str | Path,
+    folder: str | Path,
+    repo_id: str | None = None,
+    examples: Sequence[tuple[str | Path, str]] = (),
+    evaluation: str | Path | None = None,
+    max_shard_size: int | str | None = None,
+    link: bool = False,
+) -> Path:
+    """Write the complete Hub repository of a model: weights, code, processor, card, endpoint, and a manifest of it all.
+
+    Weight files are copied, or written anew tensor by tensor; no model is loaded but to answer `examples`.
+
+    Args:
+        model: folder or Hub id of a model of this package, or `emma-tiny` for the one that ships.
+        folder: folder to write; it must not exist. It appears when it is complete, or not at all.
+        repo_id: name on the Hub (`org/name`), for the card. Default: the name of `folder`.
+        examples: pictures (paths) with a question each, which the model answers for the card's widget. Default: none,
+            and for emma-tiny drawn scenes.
+        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the card's figures. Default: none, and for the
+            emma-tiny that ships its own.
+        max_shard_size: largest weight file, in bytes or like `"5GB"`. Default: the files are copied as they are.
+        link: hard links to weight files in place of copies, where the file system has them; whoever changes one file
+            then changes the other.
+
+    Raises:
+        ValueError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists.
+        FileNotFoundError: a folder, or a file in it, that is not there.
+    """
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    folder = Path(folder)
+    with new_folder(folder) as target:
+        source, cache = _source(model)
+        config = _config(source)
+        ships = source.resolve() == EMMA_TINY.resolve()
+        _write_weights(source, target, cache, limit, link)
+        copy_hub_files(target)
+        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        _write_json(target / "config.json", {**values, "auto_map": AUTO_MAP})
+        _processor(source).save_pretrained(target)
+        _write_generation_config(source, target, config)
+        if (source / "tokenizer.model").is_file():
+            _copy(source, "tokenizer.model", target, cache)
+        shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
+        (target / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+
+        if ships:
+            examples = examples or _drawn_examples(target)
+            evaluation = evaluation or packaged(EVALUATION)
+        answered = _answered(examples, target)
+        card, linked = model_card(
+            source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
+        )
+        for name, path in linked.items():
+            if path == source / name:
+                _copy(source, name, target, cache)
+            else:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target / name)
+        check_card(card)
+        card.save(target / CARD_NAME)
+        missing = sorted(set(REQUIRED_FILES) - set(files_of(target)))
+        if missing:
+            raise ValueError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
+        _write_json(target / MANIFEST_NAME, manifest_of(target))
+    return folder
+
+
+def push(
+    model: str | Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    force: bool = False,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a model's complete Hub repository in one commit, which happens as a whole or not at all.
+
+    What the Hub already holds is not sent again. So a push that broke off goes on where it stopped when it is started
+    once more: by file, or with Xet by part of a file.
+
+    Args:
+        model: a folder of [`export`], or a folder or Hub id of a model, which is exported first.
+        repo_id: `org/name`; it is created if it does not exist.
+        private: create it as private. One that exists is not changed.
+        revision: branch to push to; it must exist. Default: the main branch.
+        force: replace another model, with all of its files; its history keeps them.
+        message: of the commit.
+        token: one that may write. Default: the one of the environment.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ValueError: no token, no right, no network, an upload that broke off, a repository that holds another model,
+            a folder that is not as it was exported or that holds links.
+        FileNotFoundError: no such model or revision.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise ValueError(f"A repository is named like org/name: got {repo_id!r}.")
+    token = token or get_token()
+    if not token:
+        raise ValueError(
+            f"Writing to {repo_id} needs a token: found none. Set HF_TOKEN to one with write access, or log in with "
+            "`hf auth login`."
+        )
+    source = Path(model)
+    if source.is_dir() and read_manifest(source) is not None:
+        return _push(source, repo_id, private, revision, force, message, token)
+    # Beside the model, so that its weights need not be copied.
+    beside = source.parent if source.is_dir() and os.access(source.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".emma-push-", dir=beside) as place:
+        folder = export(model, Path(place) / repo_id.split("/")[1], repo_id, link=True)
+        return _push(folder, repo_id, private, revision, force, message, token)
+
+
+def _source(model: str | Path) -> tuple[Path, Path | None]:
+    """Folder of a model, and of the cache that its links may lead to."""
+    if Path(model).is_dir() or str(model) == EMMA_TINY.name:
+        folder = Path(model) if Path(model).is_dir() else EMMA_TINY
+        # A snapshot in the cache of the Hub's library is made of links to its blobs.
+        blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
+        return folder, blobs
+    repo_id = hub_id(model)
+    with hub_errors(repo_id):
+        folder = Path(snapshot_download(repo_id, allow_patterns=SOURCE_FILES))
+    return folder, folder.parents[1] / "blobs"
+
+
+def _config(source: Path) -> EmmaConfig:
+    path = source / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{source} lacks config.json. Name the folder of a model.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
+    if values.get("model_type") != EmmaConfig.model_type:
+        raise ValueError(
+            f"Only models of this package (model_type 'emma') are exported: {source} has {values.get('model_type')!r}. "
+            "`emma-hf convert` turns the authors' checkpoint into one."
+        )
+    return EmmaConfig.from_pretrained(source)
+
+
+def _processor(source: Path) -> EmmaProcessor:
+    missing = [name for name in ("tokenizer_config.json", "preprocessor_config.json") if not (source / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source} lacks {' and '.join(missing)}. Save the processor beside the weights: "
+            "`processor.save_pretrained(folder)`."
+        )
+    return EmmaProcessor.from_pretrained(source)
+
+
+def _write_weights(source: Path, target: Path, cache: Path | None, limit: int | None, link: bool) -> None:
+    # Their headers are read: a shard that is missing or truncated ends the export before anything large is copied.
+    if not (source / WEIGHTS_NAME).is_file() and not (source / INDEX_NAME).is_file():
+        raise FileNotFoundError(
+            f"{source} holds no weights in safetensors: expected {WEIGHTS_NAME} or {INDEX_NAME}. Save the whole model "
+            "with `save_pretrained`; an adapter is merged first."
+        )
+    tensors = read_checkpoint(source)
+    if limit is not None:
+        write_shards(target, tensors, limit, progress=sys.stderr.isatty())
+        return
+    names = [WEIGHTS_NAME]
+    if (source / INDEX_NAME).is_file():
+        index = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))
+        names = [INDEX_NAME, *sorted(set(index["weight_map"].values()))]
+    for name in names:
+        _copy(source, name, target, cache, link)
+
+
+def _copy(source: Path, name: str, target: Path, cache: Path | None, link: bool = False) -> None:
+    """Copy a file that the folder itself holds, or that lies in the cache of the Hub's library."""
+    path = (source / name).resolve()
+    if not is_own_file(source / name, source) and (cache is None or path.parent != cache.resolve()):
+        raise ValueError(
+            f"A model is exported from its own files: {source / name} is a link to {path}. Put the file itself there."
+        )
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        try:
+            os.link(path, target / name)
+            return
+        except OSError:
+            # Another file system, or one that knows no hard links.
+            pass
+    shutil.copyfile(path, target / name)
+
+
+def _write_generation_config(source: Path, target: Path, config: EmmaConfig) -> None:
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    else:
+        generation_config(config).save_pretrained(target)
+
+
+def _drawn_examples(target: Path) -> list[tuple[Path, str]]:
+    from ..tiny.scenes import Scene, draw
+
+    found = []
+    (target / "widget").mkdir()
+    for seed, question in TINY_EXAMPLES:
+        path = target / "widget" / f"scene-{seed}.png"
+        draw(Scene.random(seed), 224).save(path)
+        found.append((path, question))
+    return found
+
+
+def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[tuple[str, str, str]]:
+    """Name of the picture in the repository, question, and the answer of the model in `target`."""
+    if not examples:
+        return []
+    # From the very files that are exported.
+    processor = EmmaProcessor.from_pretrained(target)
+    model = EmmaForConditionalGeneration.from_pretrained(target, dtype="auto").eval()
+    found = []
+    for number, (picture, question) in enumerate(examples, 1):
+        path = Path(picture)
+        if not path.is_file():
+            raise FileNotFoundError(f"The example picture {path} is not there. Check its path.")
+        name = path.relative_to(target).as_posix() if path.is_relative_to(target) else f"widget/{number}-{path.name}"
+        if path != target / name:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
+        content = [{"type": "image", "path": str(path)}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        tokens = model.generate(**inputs, max_new_tokens=256, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        found.append((name, question, processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()))
+    return found
+
+
+def _push(
+    folder: Path, repo_id: str, private: bool, revision: str | None, force: bool, message: str | None, token: str
+) -> str:
+    hashes = _verified(folder)
+    api = HfApi(token=token)
+    with hub_errors(repo_id, revision, "write"):
+        info = _repository(api, repo_id, private, revision)
+        remote = {file.rfilename: file for file in info.siblings or ()}
+        foreign = _other_weights(folder, hashes, remote)
+        if foreign and not force:
+            raise ValueError(
+                f"{repo_id} holds another model: it has {', '.join(foreign[:3])} of other contents than "
+                f"{folder}. Push to another name or `--revision`, or replace it with `--force`; its history keeps it."
+            )
+        changed = [
+            name
+            for name, sha256 in hashes.items()
+            if name not in remote or not is_remote_file(folder / name, remote[name], sha256)
+        ]
+        stale = _stale(repo_id, info.sha, remote, hashes, token, everything=bool(foreign))
+        if not changed and not stale:
+            return f"{api.endpoint}/{repo_id}/commit/{info.sha}"
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
+        operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in changed]
+        try:
+            commit = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message or f"Upload {repo_id.split('/')[1]}",
+                revision=revision,
+                parent_commit=info.sha,
+            )
+        # So the Hub's library reports a file that did not arrive.
+        except RuntimeError as error:
+            raise ValueError(_broken_off(repo_id, error)) from error
+        after = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
+        arrived = {file.rfilename: file for file in after.siblings or ()}
+        wrong = [
+            name
+            for name, sha256 in hashes.items()
+            if name not in arrived or not is_remote_file(folder / name, arrived[name], sha256)
+        ]
+    if wrong:
+        raise ValueError(f"{repo_id} does not hold what was sent: {', '.join(wrong[:3])}. Run the command again.")
+    return str(commit.commit_url)
+
+
+def _verified(folder: Path) -> dict[str, str]:
+    """Sha256 of every file to upload, after each was seen to be the folder's own and as it was exported."""
+    listed = read_manifest(folder) or {}
+    hashes = {}
+    for name in [*listed, MANIFEST_NAME]:
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"{folder} lacks {name}, which its manifest lists. Export the model again.")
+        if not is_own_file(path, folder):
+            raise ValueError(
+                f"Nothing outside the folder is uploaded: {path} is a link to {path.resolve()}. Export the model again."
+            )
+        hashes[name] = sha256_of(path)
+        if name != MANIFEST_NAME and (size_of(path), hashes[name]) != (listed[name]["size"], listed[name]["sha256"]):
+            raise ValueError(
+                f"A folder is uploaded as it was exported: {path} was changed since. Take the change in with "
+                f"`emma-hf export {folder} NEW_FOLDER`."
+            )
+    lacking = sorted(set(REQUIRED_FILES) - set(hashes))
+    if lacking:
+        raise ValueError(
+            f"{folder} is not a complete repository: its manifest lacks {', '.join(lacking)}. Export again."
+        )
+    return hashes
+
+
+def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> Any:
+    """What the Hub says of a repository, which is created if there is none."""
+    try:
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    except RepositoryNotFoundError:
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403):
+                raise ValueError(
+                    f"The token has no right to create or see {repo_id} ({error.response.status_code}). Set HF_TOKEN "
+                    "to one that may write there, or check the name."
+                ) from error
+            raise
+        return api.model_info(repo_id, revision=revision, files_metadata=True)
+    if private and not info.private:
+        raise ValueError(
+            f"`--private` is for a repository that is created now: {repo_id} exists and is public. Make it private on "
+            "its settings page first, or leave the option out."
+        )
+    return info
+
+
+def _other_weights(folder: Path, hashes: dict[str, str], remote: dict[str, Any]) -> list[str]:
+    """Names of weight files on the Hub that are not the folder's."""
+    own = set(hashes.values())
+
+    def is_own(name: str) -> bool:
+        file = remote[name]
+        if file.lfs is not None:
+            return file.lfs.sha256 in own
+        return name in hashes and is_remote_file(folder / name, file, hashes[name])
+
+    return sorted(name for name in remote if name.endswith(WEIGHT_SUFFIXES) and not is_own(name))
+
+
+def _stale(
+    repo_id: str, commit: str, remote: dict[str, Any], hashes: dict[str, str], token: str, everything: bool
+) -> list[str]:
+    """Files to delete: those of an earlier export that this one has not, or all that belong to another model."""
+    others = {name for name in remote if name not in hashes and name != ".gitattributes"}
+    if not everything and MANIFEST_NAME in remote:
+        path = hf_hub_download(repo_id, MANIFEST_NAME, revision=commit, token=token)
+        try:
+            others &= set(read_manifest(Path(path).parent) or ())
+        except ValueError:
+            others = set()
+    elif not everything:
+        others = set()
+    return sorted(others)
+
+
+def _broken_off(repo_id: str, error: BaseException) -> str:
+    reason = " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
+    return (
+        f"The upload to {repo_id} broke off ({reason}). Nothing was committed: the repository is as it was. Run the "
+        "command again; files that arrived are not sent twice."
+    )
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

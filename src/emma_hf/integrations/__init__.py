@@ -1,0 +1,1 @@
+"""EMMA in the engines and tools of others."""

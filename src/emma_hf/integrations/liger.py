@@ -1,0 +1,130 @@
+"""Liger's Triton kernels in EMMA's language model and its loss, by one call (package `liger-kernel`)."""
+
+import inspect
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.execution_emma import is_plain
+from ..model.modeling_emma import EmmaForConditionalGeneration
+
+
+def apply_liger_kernel_to_emma(
+    model: nn.Module,
+    rope: bool = True,
+    rms_norm: bool = True,
+    swiglu: bool = True,
+    fused_linear_cross_entropy: bool = True,
+    accum_dtype: torch.dtype | None = None,
+) -> None:
+    """Exchange parts of the language model and the training loss for Liger's kernels.
+
+    Norms and MLPs are exchanged in this model alone. Liger's rotary embedding takes the place of a function that all
+    models of the same family in this process share; `rope=False` leaves it. Nothing else changes: not CLIP, not the
+    modality adaptation, not the projector.
+
+    Args:
+        model: an EMMA with its head, also inside a `PeftModel`; changed in place, before or after PEFT wraps it.
+        rope: rotary position embedding.
+        rms_norm: the norms.
+        swiglu: the gated activation of the MLPs.
+        fused_linear_cross_entropy: in training, the loss from the hidden states and `lm_head`, piece by piece:
+            `logits` is then None. In evaluation there are logits, unless `forward` is told `skip_logits=True`.
+        accum_dtype: in which the pieces of the head's gradient are summed. Default: that of the weight; in bfloat16,
+            float32 is closer to the gradient of the plain loss, and takes a copy of the head more.
+
+    Raises:
+        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
+        ValueError: a model that is no EMMA with its head, a language model for which Liger has no kernels, an
+            activation or a head that its kernels do not compute, or no GPU.
+    """
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+        from liger_kernel.utils import infer_device
+    except ImportError as error:
+        raise _missing(error) from error
+    emma = next((module for module in model.modules() if isinstance(module, EmmaForConditionalGeneration)), None)
+    if emma is None:
+        raise ValueError(
+            f"`model` must be an EmmaForConditionalGeneration, or hold one: got {type(model).__name__}. For other "
+            "models call Liger's own functions."
+        )
+    if infer_device() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("Liger's kernels run on a GPU: there is none here. Leave them out.")
+    language_model = emma.model.language_model
+    config = language_model.config
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"Liger must know the family of the language model: it has no kernels for {config.model_type!r}. Leave "
+            "them out."
+        )
+    if swiglu and config.hidden_act not in ("silu", "swish"):
+        raise ValueError(
+            f"Liger's MLP computes the activation 'silu' only: this language model has {config.hidden_act!r}. Pass "
+            "`swiglu=False`."
+        )
+    if fused_linear_cross_entropy:
+        _check_head(emma.lm_head)
+    patch = MODEL_TYPE_TO_APPLY_LIGER_FN[config.model_type]
+    chosen = {"rope": rope, "rms_norm": rms_norm, "swiglu": swiglu}
+    chosen |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    known = inspect.signature(patch).parameters
+    # Liger also puts its classes into the module of the language model's family, for models that are yet to be made.
+    family = vars(sys.modules[type(language_model).__module__])
+    before = {name: value for name, value in family.items() if isinstance(value, type)}
+    patch(model=language_model, **{name: value for name, value in chosen.items() if name in known})
+    family.update(before)
+    emma.linear_loss = partial(_linear_loss, accum_dtype=accum_dtype) if fused_linear_cross_entropy else None
+
+
+def register_with_liger() -> None:
+    """Let Liger know EMMA, so that `TrainingArguments(use_liger_kernel=True)` applies the kernels in any `Trainer`.
+
+    Without it Liger does nothing for a model type that it does not know, and says so only in its log.
+    [`~emma_hf.training.trainer.EmmaTrainer`] calls it.
+
+    Raises:
+        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
+    """
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise _missing(error) from error
+    MODEL_TYPE_TO_APPLY_LIGER_FN["emma"] = apply_liger_kernel_to_emma
+
+
+def _linear_loss(
+    hidden_states: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    accum_dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Next-token cross-entropy of hidden states (batch, tokens, width) and labels (batch, tokens)."""
+    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+
+    weight = _check_head(head)
+    return LigerForCausalLMLoss(
+        hidden_states.contiguous(), weight, labels, weight.shape[1], accum_dtype=accum_dtype, **kwargs
+    )
+
+
+def _check_head(head: nn.Module) -> torch.Tensor:
+    # Tensor parallelism leaves a DTensor, ZeRO-3 an empty weight between forward passes of the head.
+    if is_plain(head) and not hasattr(head.weight, "device_mesh") and head.weight.ndim == 2:
+        return head.weight
+    raise ValueError(
+        "Liger's fused loss reads the weight of `lm_head`, which must be a plain linear layer, whole on one device: "
+        f"got {type(head).__name__} (quantized, adapted, offloaded or spread). Pass `fused_linear_cross_entropy=False`."
+    )
+
+
+def _missing(error: ImportError) -> ImportError:
+    return ImportError(
+        f"Liger's kernels need the packages liger-kernel and triton: {str(error).rstrip('.')}. Install them with "
+        '`pip install "emma-hf[liger]"`; with Transformers 4.57, liger-kernel 0.7.'
+    )

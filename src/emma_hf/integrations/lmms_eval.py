@@ -1,0 +1,158 @@
+"""`lmms-eval --model emma`: EMMA for the benchmarks of lmms-eval, which finds it by its entry point."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from .. import EMMA_TINY
+from ..model.instruction_emma import instructions_from_messages
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+from ..model.quantization_emma import bitsandbytes_config
+
+try:
+    from lmms_eval.api.model import lmms
+    from lmms_eval.models.registry_v2 import ModelManifest
+except ImportError as error:
+    raise ImportError(
+        f"`emma_hf.integrations.lmms_eval` is for lmms-eval, which cannot be imported here: {error}. Install it with "
+        "`pip install lmms-eval`."
+    ) from error
+
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+def manifest() -> "ModelManifest":
+    """What lmms-eval reads: the name and where the class is."""
+    return ModelManifest(model_id="emma", simple_class_path=f"{__name__}.Emma")
+
+
+class Emma(lmms):
+    """Answers requests in batches, greedily unless a task asks for a temperature.
+
+    The instruction of a picture is the question up to its first line break, as in the authors' evaluation.
+
+    Args:
+        pretrained: folder or Hub id. Default: emma-tiny.
+        device: such as `cpu` or `cuda`. Default: the fastest, and under `accelerate launch` one for each process.
+        dtype: of the computation; `auto` as stored.
+        batch_size: questions at once.
+        quantization: `4bit` or `8bit`.
+        revision: of a Hub repository.
+
+    Raises:
+        ValueError: an argument that is not among these, or of a wrong value.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = str(EMMA_TINY),
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        quantization: str | None = None,
+        revision: str = "main",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        # lmms-eval passes this one on to every model.
+        unknown = [name for name, value in kwargs.items() if value is not None and name != "max_batch_size"]
+        if unknown:
+            raise ValueError(
+                "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization and revision: got "
+                f"{', '.join(unknown)}."
+            )
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"`batch_size` must be a whole number of at least 1: got {batch_size!r}.")
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        several = self._world_size > 1 or device is None
+        self.device = self.accelerator.device if several else torch.device(device)
+        self.batch_size = int(batch_size)
+        options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+        if quantization is not None:
+            options |= {"quantization_config": bitsandbytes_config(quantization), "device_map": {"": self.device}}
+        self.processor = EmmaProcessor.from_pretrained(pretrained, revision=revision)
+        model = EmmaForConditionalGeneration.from_pretrained(pretrained, **options)
+        self.model = (model if quantization is not None else model.to(self.device)).eval()
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The answers, in the order of the requests; an answer ends before the first of its task's `until`."""
+        answers = [""] * len(requests)
+        for batch in self._batches(requests):
+            rows = [self._row(requests[index]) for index in batch]
+            settings = requests[batch[0]].args[1]
+            texts = self._answer([messages for messages, _ in rows], [images for _, images in rows], settings)
+            for index, text in zip(batch, texts):
+                answers[index] = text
+                self.cache_hook.add_partial("generate_until", (requests[index].args[0], settings), text)
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError("emma answers tasks of one round: choose tasks without `generate_until_multi_round`.")
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "emma answers by generating: choose tasks whose `output_type` is generate_until, such as pope."
+        )
+
+    def _batches(self, requests: list[Any]) -> Iterator[list[int]]:
+        """Indices of requests with equal settings, at most `batch_size` at a time, longest questions first."""
+
+        def settings(index: int) -> str:
+            return repr(sorted(requests[index].args[1].items()))
+
+        order = sorted(range(len(requests)), key=lambda index: (settings(index), -len(requests[index].args[0])))
+        for _, group in groupby(order, key=settings):
+            indices = list(group)
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
+
+    def _row(self, request: Any) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+        """The conversation of one request, and its pictures."""
+        question, _, doc_to_visual, doc_id, task, split = request.args
+        images = (doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None) or []
+        kinds = sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)})
+        if kinds:
+            raise ValueError(f"emma reads pictures: the task {task} gives {', '.join(kinds)}. Choose another task.")
+        token = self.processor.image_token
+        if images and question.count(token) == len(images):
+            # A task that says where its pictures belong. Content that is one string is a bare prompt.
+            return [{"role": "user", "content": question}], images
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        return [{"role": "user", "content": content}], images
+
+    @torch.inference_mode()
+    def _answer(self, conversations: list[Any], images: list[list[Image.Image]], settings: dict) -> list[str]:
+        inputs = self.processor(
+            images=images if any(images) else None,
+            text=self.processor.apply_chat_template(conversations, add_generation_prompt=True),
+            instructions=[instructions_from_messages(messages) for messages in conversations],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        options: dict[str, Any] = {"stop_strings": until, "tokenizer": self.processor.tokenizer} if until else {}
+        if settings.get("temperature"):
+            options |= {"do_sample": True, "temperature": settings["temperature"]}
+            options |= {"top_p": settings["top_p"]} if settings.get("top_p") else {}
+        else:
+            options["do_sample"] = False
+        tokens = self.model.generate(
+            **inputs,
+            **options,
+            num_beams=settings.get("num_beams") or 1,
+            max_new_tokens=settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
+        )
+        texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_before(text, until).strip() for text in texts]
+
+
+def _before(text: str, until: list[str]) -> str:
+    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=len(text))]

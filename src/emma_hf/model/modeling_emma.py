@@ -1,0 +1,651 @@
+"""EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .clip_towers_emma import EmmaInstructionEncoder, EmmaVisionTower
+from .compat_emma import (
+    HEAD_TP_PLAN,
+    TIED_WEIGHTS_KEYS,
+    core_of,
+    keep_nested_names_on_save,
+    tower_key_mapping,
+)
+from .configuration_emma import EmmaConfig
+from .execution_emma import device_of, distinct_rows, needs_grad, steps_together
+from .fused_alignment import EmmaVisualAlignment, check_fusion_implementation, fused_adaptation, runs_fused
+from .image_encoding_emma import EmmaImageEncoding
+from .loading_emma import loading_errors
+from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast, language_model_fields
+from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
+
+# What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
+IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
+
+
+class EmmaModalityAdaptation(nn.Module):
+    """Mix the instruction into the visual tokens: `P = GELU(H Wp^T + bp)`, `F = Wa [V ; P] + ba`.
+
+    The authors' `encoder_version` v3 adds a learned offset to F.
+    """
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.vision_config.hidden_size
+        self.instruction_projection = nn.Linear(config.instruction_config.hidden_size, width)
+        self.visual_alignment = EmmaVisualAlignment(config.image_seq_length, config.instruction_seq_length)
+        self.visual_offset = nn.Parameter(torch.empty(config.image_seq_length, width)) if config.visual_offset else None
+
+    def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
+        """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
+        if runs_fused(self.config.fusion_implementation, self, vision_features, instruction_features):
+            fused = fused_adaptation(self, vision_features, instruction_features)
+        else:
+            dtype = self.visual_alignment.weight.dtype
+            projected = nn.functional.gelu(self.instruction_projection(instruction_features.to(dtype)))
+            fused = self.visual_alignment(vision_features.to(dtype), projected)
+        return fused if self.visual_offset is None else fused + self.visual_offset
+
+
+class EmmaMultiModalProjector(nn.Module):
+    """The LLaVA-1.5 projector: two linear layers with an activation between."""
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, width)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, fused_features: torch.Tensor) -> torch.Tensor:
+        """(images, N, vision width) to (images, N, text width)."""
+        return self.linear_2(self.act(self.linear_1(fused_features.to(self.linear_1.bias.dtype))))
+
+
+class EmmaPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving shared by [`EmmaModel`] and [`EmmaForConditionalGeneration`]."""
+
+    config_class = EmmaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EmmaModalityAdaptation"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Weights that a checkpoint lacks begin as those of a model made from the config.
+
+        Transformers 5 otherwise skips CLIP's own initialization, taking it for that of other people's code.
+        """
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, EmmaVisualAlignment):
+            # [identity | 0] and 0: an untrained EMMA is exactly LLaVA.
+            # Serving engines make weights without memory under a default device that is another.
+            with torch.device(module.weight.device):
+                nn.init.eye_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, EmmaModalityAdaptation):
+            if module.visual_offset is not None:
+                nn.init.zeros_(module.visual_offset)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "EmmaPreTrainedModel":
+        """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names.
+
+        A `quantization_config` of any method quantizes the language model's layers and nothing else.
+
+        Raises:
+            ValueError: a weight file that is truncated or damaged, weights of another shape than the config says, or
+                layers of a size that 4 bits cannot pack.
+            ImportError: a quantization whose package is missing or too old.
+        """
+        mapping = tower_key_mapping()
+        if mapping is not None:
+            kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
+        kwargs = with_whole_parts(kwargs)
+        with loading_errors(args[0] if args else "the checkpoint"):
+            loaded = super().from_pretrained(*args, **kwargs)
+        keep_exact(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
+        keep_nested_names_on_save(self)
+        super().save_pretrained(*args, **kwargs)
+
+
+class EmmaModel(EmmaPreTrainedModel):
+    """EMMA without the language modelling head."""
+
+    # `AutoModel` on a complete checkpoint: the head is not lost, it is not asked for.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        check_fusion_implementation(config.fusion_implementation)
+        self.vision_tower = EmmaVisionTower._from_config(
+            config.vision_config, feature_layer=config.vision_feature_layer
+        )
+        self.instruction_encoder = EmmaInstructionEncoder._from_config(
+            config.instruction_config, feature_layer=config.instruction_feature_layer
+        )
+        self.modality_adaptation = EmmaModalityAdaptation(config)
+        self.multi_modal_projector = EmmaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        check_quantizable(self.language_model, getattr(config, "quantization_config", {}))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model = decoder
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual tokens V, independent of the instruction.
+
+        Args:
+            pixel_values: (images, 3, height, width), floating point, as the image processor makes them.
+
+        Returns:
+            (images, N, vision width).
+
+        Raises:
+            ValueError: wrong number of dimensions or channels, wrong size, or a dtype that is not floating point.
+        """
+        return self._select_vision_tokens(self._run_vision_tower(pixel_values).last_hidden_state)
+
+    def get_instruction_features(self, instruction_input_ids: torch.Tensor) -> torch.Tensor:
+        """The instruction as CLIP's text encoder reads it: H, causal mask only, no padding mask, no final norm.
+
+        Args:
+            instruction_input_ids: (images, instruction_length), integers.
+
+        Returns:
+            (images, T, instruction width).
+
+        Raises:
+            ValueError: wrong shape or dtype, or an id outside the instruction encoder's vocabulary.
+        """
+        self._check_instruction_ids(instruction_input_ids)
+        encoder = self.instruction_encoder
+        weight = core_of(encoder).embeddings.token_embedding.weight
+        instruction_input_ids = instruction_input_ids.to(device_of(weight, instruction_input_ids))
+        # One question about several pictures is read once.
+        instruction_input_ids, rows = distinct_rows(instruction_input_ids)
+        with torch.set_grad_enabled(needs_grad(encoder)):
+            hidden_states = encoder(instruction_input_ids).last_hidden_state
+        kept = {"full": slice(None), "patch": slice(1, None), "cls": slice(0, 1)}
+        hidden_states = hidden_states[:, kept[self.config.instruction_feature_select_strategy]]
+        return hidden_states if rows is None else hidden_states[rows]
+
+    def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
+        """Encode pictures once, for any number of questions about them.
+
+        Args:
+            pixel_values: (images, 3, height, width), floating point, as the image processor makes them.
+
+        Returns:
+            An [`EmmaImageEncoding`]: `.image_features(instruction_input_ids)` is what `forward` and `generate` take as
+            `image_features`.
+
+        Raises:
+            ValueError: see `get_vision_features`.
+        """
+        return EmmaImageEncoding(self, self.get_vision_features(pixel_values))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        instruction_input_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens that have read the instruction, in the language model's width: Z.
+
+        Args:
+            pixel_values: (images, 3, height, width), floating point.
+            instruction_input_ids: (images, instruction_length), one row per image.
+            vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
+            output_hidden_states: also return the vision tower's hidden states; it is then computed to its end. Default:
+                as the config says.
+            output_attentions: also return the vision tower's attentions; likewise.
+
+        Returns:
+            An output whose `pooler_output` is Z (images, N, text width) and whose `last_hidden_state` is V (images, N,
+            vision width).
+
+        Raises:
+            ValueError: both or neither of `pixel_values` and `vision_features`; images and instructions that differ
+                in number; tensors of a wrong shape or dtype.
+        """
+        self._check_image_inputs(pixel_values, instruction_input_ids, vision_features)
+        tower = BaseModelOutputWithPooling()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if vision_features is None and (output_hidden_states or output_attentions):
+            tower = self._run_vision_tower(pixel_values, output_hidden_states, output_attentions)
+            vision_features = self._select_vision_tokens(tower.last_hidden_state)
+        elif vision_features is None:
+            vision_features = self.get_vision_features(pixel_values)
+        instruction_features = self.get_instruction_features(instruction_input_ids)
+        fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_features,
+            pooler_output=self.multi_modal_projector(fused_features),
+            hidden_states=tower.hidden_states,
+            attentions=tower.attentions,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where the visual tokens go.
+
+        Args:
+            input_ids: (batch, tokens), or None where only embeddings are known.
+            inputs_embeds: (batch, tokens, text width).
+            image_features: (images, N, text width), or None where the batch has no picture.
+
+        Returns:
+            (batch, tokens) boolean, as many true as there are visual tokens.
+
+        Raises:
+            ValueError: the placeholders are not exactly the visual tokens.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_index
+        else:
+            index = torch.tensor(self.config.image_token_index, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(index)).all(-1)
+        expected = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        if torch.compiler.is_compiling():
+            torch._assert_async(mask.sum() == expected, "Image features and image tokens do not match")
+            return mask
+        per_row = mask.sum(-1).tolist()
+        length = self.config.image_seq_length
+        for row, tokens in enumerate(per_row):
+            if tokens % length:
+                raise ValueError(
+                    f"Image features and image tokens do not match: an image stands for {length} placeholder tokens, "
+                    f"but row {row} holds {tokens}. Do not cut a prompt inside an image; raise `max_length`."
+                )
+        if sum(per_row) != expected:
+            raise ValueError(
+                f"Image features and image tokens do not match: {sum(per_row)} tokens (images per row: "
+                f"{[tokens // length for tokens in per_row]}), but {expected} features ({expected // length} images). "
+                "Pass one image for each `<image>` in the prompts, in their order."
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        instruction_input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EmmaModelOutputWithPast:
+        """Run the language model on a prompt whose placeholders become visual tokens.
+
+        Args:
+            input_ids: (batch, tokens); `image_seq_length` placeholders stand for each image.
+            pixel_values: (images, 3, height, width), all images of the batch in the order of their placeholders.
+            instruction_input_ids: (images, instruction_length), one row per image.
+            attention_mask: (batch, cached + new tokens), 1 where a token counts.
+            position_ids: (batch, tokens).
+            inputs_embeds: (batch, tokens, text width), in place of `input_ids`.
+            vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
+            image_features: (images, N, text width), the `pooler_output` of `get_image_features`, in place of
+                `pixel_values`, `vision_features` and `instruction_input_ids`.
+            **kwargs: keywords of the language model: the cache of an earlier call (`cache`, before Transformers 5.24
+                `past_key_values`), `use_cache` and others. `output_hidden_states` and `output_attentions` also apply to
+                the vision tower.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or of the image inputs; numbers of images,
+                instructions and placeholders that differ; tensors of a wrong shape or dtype.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        given = (pixel_values, instruction_input_ids, vision_features)
+        if all(value is None or value.shape[0] == 0 for value in given):
+            given = (None, None, None)
+        image_outputs = None
+        if image_features is not None:
+            if any(value is not None for value in given):
+                raise ValueError(
+                    "`image_features` stand in place of `pixel_values`, `vision_features` and "
+                    "`instruction_input_ids`: pass them alone."
+                )
+            self._check_features("image_features", image_features, self.config.text_config.hidden_size)
+            image_outputs = BaseModelOutputWithPooling(pooler_output=image_features)
+        elif any(value is not None for value in given):
+            image_outputs = self.get_image_features(
+                *given,
+                output_hidden_states=kwargs.get("output_hidden_states"),
+                output_attentions=kwargs.get("output_attentions"),
+                return_dict=True,
+            )
+
+        if image_outputs is not None:
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_outputs.pooler_output = image_features
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        elif inputs_embeds.shape[1] > 1:
+            # A decoding step is one token, never a placeholder: checking it would only stall the device.
+            if input_ids is not None:
+                self.get_placeholder_mask(input_ids, inputs_embeds, None)
+            if steps_together(self):
+                inputs_embeds = inputs_embeds + self._unseen_picture(inputs_embeds).sum().to(inputs_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        return EmmaModelOutputWithPast(**language_model_fields(outputs), image_outputs=image_outputs)
+
+    def _unseen_picture(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
+
+        The other processes wait for this one wherever a weight is gathered or a gradient is averaged.
+        """
+        size = self.config.vision_config.image_size
+        # No weight is looked at: under ZeRO-3 that would gather it, at a point where the other processes do not.
+        picture = inputs_embeds.new_zeros(1, 3, size, size)
+        instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=inputs_embeds.device)
+        return self.get_image_features(picture, instruction, return_dict=True).pooler_output[:0]
+
+    def _run_vision_tower(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        self._check_pixel_values(pixel_values)
+        tower = self.vision_tower
+        weight = core_of(tower).embeddings.patch_embedding.weight
+        pixel_values = pixel_values.to(device=device_of(weight, pixel_values), dtype=weight.dtype)
+        with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
+            return tower(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+
+    def _select_vision_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        keep_class = self.config.vision_feature_select_strategy == "full"
+        return hidden_states if keep_class else hidden_states[:, 1:]
+
+    def _check_image_inputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        instruction_input_ids: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+    ) -> None:
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError(
+                "Pass exactly one of `pixel_values` and `vision_features`: got "
+                f"{'neither' if pixel_values is None else 'both'}."
+            )
+        if instruction_input_ids is None:
+            raise ValueError(
+                "EMMA reads the instruction into the visual tokens: pass `instruction_input_ids` (images, "
+                f"{self.config.instruction_length}) with the images, as the processor returns them."
+            )
+        if vision_features is None:
+            self._check_pixel_values(pixel_values)
+        else:
+            self._check_features("vision_features", vision_features, self.config.vision_config.hidden_size)
+        images = vision_features if pixel_values is None else pixel_values
+        assert images is not None
+        if images.shape[0] != instruction_input_ids.shape[0]:
+            raise ValueError(
+                f"Each image has one row of instruction tokens: got {images.shape[0]} images and "
+                f"{instruction_input_ids.shape[0]} rows of `instruction_input_ids`."
+            )
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` must be (images, 3, {size}, {size}): got {tuple(pixel_values.shape)}. "
+                "Prepare the images with the processor."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be floating point, normalised by the processor: got {pixel_values.dtype}."
+            )
+
+    def _check_features(self, name: str, features: torch.Tensor, width: int) -> None:
+        expected = (self.config.image_seq_length, width)
+        if features.ndim != 3 or tuple(features.shape[1:]) != expected or not features.is_floating_point():
+            raise ValueError(
+                f"`{name}` must be floating point (images, {expected[0]}, {expected[1]}): got {features.dtype} "
+                f"{tuple(features.shape)}."
+            )
+
+    def _check_instruction_ids(self, ids: torch.Tensor) -> None:
+        length, vocab_size = self.config.instruction_length, self.config.instruction_config.vocab_size
+        if ids.ndim != 2 or ids.shape[1] != length or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"`instruction_input_ids` must be integers (images, {length}): got {ids.dtype} {tuple(ids.shape)}. "
+                "The processor pads and cuts every instruction to that length."
+            )
+        if not torch.compiler.is_compiling() and ids.numel() and not ids.is_meta:
+            low, high = (int(value) for value in ids.aminmax())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"`instruction_input_ids` must lie in the instruction encoder's vocabulary, 0 to {vocab_size - 1}: "
+                    f"got ids from {low} to {high}. Use the instruction tokenizer that belongs to this model."
+                )
+
+
+class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
+    """EMMA with its language modelling head: answers questions about pictures."""
+
+    _tied_weights_keys = TIED_WEIGHTS_KEYS
+    _tp_plan = HEAD_TP_PLAN
+    # Loss from hidden states, head and labels, without logits; `emma_hf.integrations.liger` sets it.
+    linear_loss: Callable[..., torch.Tensor] | None = None
+
+    def __init__(self, config: EmmaConfig) -> None:
+        super().__init__(config)
+        self.model = EmmaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model.set_decoder(decoder)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Visual tokens V (images, N, vision width); see [`EmmaModel.get_vision_features`]."""
+        return self.model.get_vision_features(pixel_values)
+
+    def get_instruction_features(self, instruction_input_ids: torch.Tensor) -> torch.Tensor:
+        """Instruction H (images, T, instruction width); see [`EmmaModel.get_instruction_features`]."""
+        return self.model.get_instruction_features(instruction_input_ids)
+
+    def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
+        """Pictures encoded once, for any number of questions; see [`EmmaModel.encode_image`]."""
+        return self.model.encode_image(pixel_values)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        instruction_input_ids: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Visual tokens Z (images, N, text width) in `.pooler_output`; see [`EmmaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, instruction_input_ids, vision_features, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        instruction_input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        vision_features: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EmmaCausalLMOutputWithPast:
+        """As [`EmmaModel.forward`], with logits, and a loss where there are labels.
+
+        Args:
+            labels: (batch, tokens), -100 where a token carries no loss; shifted here.
+            logits_to_keep: compute the logits of this many last tokens only (0: of all), or of these positions.
+            skip_logits: where Liger's fused loss was applied, the loss alone. Default: in training.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            instruction_input_ids=instruction_input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            vision_features=vision_features,
+            image_features=image_features,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = loss = None
+        if self.linear_loss and labels is not None and (self.training if skip_logits is None else skip_logits):
+            loss = self.linear_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if loss is None and labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        others = language_model_fields(outputs)
+        del others["last_hidden_state"]
+        return EmmaCausalLMOutputWithPast(loss=loss, logits=logits, **others, image_outputs=outputs.image_outputs)
+
+    # `generate` reads from its signature which inputs it may pass; those of the running version are all right.
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of one generation step. A picture goes in exactly where the step's tokens hold its placeholders."""
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        images = {name: value for name, value in images.items() if value is not None}
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if images:
+            step_ids = model_inputs.get("input_ids")
+            model_inputs.update(images if step_ids is None else self._images_of_step(images, input_ids, step_ids))
+        return model_inputs
+
+    def _images_of_step(
+        self, images: dict[str, torch.Tensor], input_ids: torch.Tensor, step_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The images whose placeholders this step holds; those before it are in the cache already."""
+        length = self.config.image_seq_length
+        if step_ids.shape[1] == 1 and length > 1:
+            return {}
+        in_step = ((step_ids == self.config.image_token_index).sum(-1) // length).tolist()
+        in_all = ((input_ids == self.config.image_token_index).sum(-1) // length).tolist()
+        given = next(iter(images.values())).shape[0]
+        if in_step == in_all or given != sum(in_all):
+            # Also where a caller who keeps the cache passes the new turn's images alone.
+            return images if sum(in_step) else {}
+        chosen: list[int] = []
+        end = 0
+        for new, every in zip(in_step, in_all):
+            end += every
+            chosen.extend(range(end - new, end))
+        return {name: value[chosen] for name, value in images.items()} if chosen else {}
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
+        """Repeat each row for its beams or samples. Pictures are encoded first, once, and repeated row by row."""
+        images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
+        if images and expand_size > 1:
+            if "image_features" not in images:
+                images = {"image_features": self.get_image_features(**images, return_dict=True).pooler_output}
+            groups = self._images_per_row(input_ids, model_kwargs.get("inputs_embeds"), images["image_features"])
+            rows = torch.split(images["image_features"], groups)
+            images["image_features"] = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+    def _images_per_row(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, image_features: torch.Tensor
+    ) -> list[int]:
+        if inputs_embeds is not None:
+            input_ids = None
+        else:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return (mask.sum(-1) // self.config.image_seq_length).tolist()
+
+
+__all__ = ["EmmaForConditionalGeneration", "EmmaModel", "EmmaPreTrainedModel"]

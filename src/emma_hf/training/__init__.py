@@ -1,0 +1,20 @@
+"""Fine-tuning: stages, `Trainer` extensions, checkpoints."""
+
+from .checkpoints import CrashSafety, last_complete_checkpoint
+from .stages import LORA_TARGETS, STAGES, Stage, parameter_groups, prepare, stage_of
+from .trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
+
+__all__ = [
+    "LORA_TARGETS",
+    "STAGES",
+    "CrashSafety",
+    "EmmaTrainer",
+    "ModalityLengthSampler",
+    "SampleAnswers",
+    "Stage",
+    "last_complete_checkpoint",
+    "parameter_groups",
+    "plot_loss",
+    "prepare",
+    "stage_of",
+]

@@ -1,0 +1,115 @@
+"""The configuration: the released geometry, derived values, and what it refuses."""
+
+import json
+import logging
+
+import pytest
+import transformers
+from support.helpers import tiny_config
+
+from emma_hf import EmmaConfig
+from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict
+from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+
+
+def test_the_default_is_the_released_7b_model():
+    config = EmmaConfig()
+    assert (config.image_token_index, config.image_token_id, config.image_seq_length) == (32000, 32000, 576)
+    assert (config.instruction_length, config.instruction_seq_length) == (77, 77)
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
+    assert (config.instruction_feature_layer, config.instruction_feature_select_strategy) == (-2, "full")
+    assert (config.visual_offset, config.projector_hidden_act, config.fusion_implementation) == (False, "gelu", "auto")
+    text, vision, instruction = config.text_config, config.vision_config, config.instruction_config
+    assert (text.model_type, text.vocab_size, text.hidden_size, text.intermediate_size) == (
+        "llama",
+        32001,
+        4096,
+        11008,
+    )
+    assert (text.num_hidden_layers, text.num_attention_heads, text.max_position_embeddings) == (32, 32, 4096)
+    assert text.rms_norm_eps == 1e-5
+    assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers) == (1024, 4096, 24)
+    assert (vision.num_attention_heads, vision.image_size, vision.patch_size) == (16, 336, 14)
+    assert (instruction.hidden_size, instruction.intermediate_size, instruction.num_hidden_layers) == (768, 3072, 12)
+    assert (instruction.num_attention_heads, instruction.vocab_size) == (12, 49408)
+    assert instruction.max_position_embeddings == 77
+
+
+def test_a_save_keeps_every_value_and_brings_the_code(tmp_path):
+    config = tiny_config(
+        text={"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
+        visual_offset=True,
+        instruction_feature_select_strategy="cls",
+    )
+    config.save_pretrained(tmp_path)
+    again = EmmaConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.tie_word_embeddings
+    assert again.text_config.model_type == "qwen2"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", *HUB_FILES}
+
+
+def test_a_prefixed_auto_map_does_not_survive():
+    config = tiny_config(auto_map={"AutoConfig": "org/name--configuration_emma.EmmaConfig"})
+    assert config.to_dict()["auto_map"] == AUTO_MAP
+
+
+def test_values_can_be_named_either_way():
+    config = tiny_config(image_token_id=5)
+    assert config.image_token_index == 5
+    config.image_token_id = 6
+    assert config.image_token_index == 6
+
+
+def test_what_5_saves_of_rotary_embeddings_is_read_by_4_57():
+    values = {"model_type": "llama", "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    config = EmmaConfig(text_config=values).text_config
+    if TRANSFORMERS_5:
+        assert config.rope_parameters["rope_theta"] == 5e5
+        assert config.rope_parameters["factor"] == 2.0
+    else:
+        assert config.rope_theta == 5e5
+        assert config.rope_scaling["factor"] == 2.0
+    assert "rope_parameters" in values
+    default = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    expected = default if TRANSFORMERS_5 else {"rope_theta": 5e5}
+    assert text_config_from_dict(default) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_seq_length": 576}, "got 576, but a picture of 28 pixels in patches of 7 .* gives 16"),
+        ({"vision_feature_select_strategy": "all"}, "must be one of 'default', 'full': got 'all'"),
+        ({"instruction_feature_select_strategy": "cls_patch"}, "one of 'full', 'patch', 'cls': got 'cls_patch'"),
+        ({"fusion_implementation": "cuda"}, "one of 'auto', 'eager', 'triton': got 'cuda'"),
+        ({"vision_feature_layer": 5}, "one of the 5 hidden states of its encoder .* from -5 to 4: got 5"),
+        ({"vision_feature_layer": [-2, -1]}, r"got \[-2, -1\]"),
+        ({"instruction_feature_layer": -5}, "the 4 hidden states .*: got -5"),
+        ({"instruction_length": 78}, "at most the positions .*: got 78 with max_position_embeddings=77"),
+        ({"instruction_length": 1}, "must be at least 2"),
+        ({"image_token_index": 120}, "inside the language model's vocabulary: got 120 with vocab_size=120"),
+    ],
+)
+def test_values_that_disagree_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**values)
+
+
+def test_misspelt_keys_warn_with_the_nearest_name(caplog):
+    with caplog.at_level(logging.WARNING):
+        tiny_config(image_seq_lenght=3, visual_ofset=True, architectures=["x"], some_other_key=1)
+    assert "no key `image_seq_lenght`; did you mean `image_seq_length`?" in caplog.text
+    assert "did you mean `visual_offset`?" in caplog.text
+    assert "architectures" not in caplog.text
+    assert "some_other_key" not in caplog.text
+
+
+def test_an_unknown_language_model_is_named():
+    with pytest.raises(ValueError, match="Transformers knows: got model_type 'no-such-model'"):
+        EmmaConfig(text_config={"model_type": "no-such-model"})
+
+
+def test_the_supported_versions_are_the_ones_that_run_here():
+    assert (int(transformers.__version__.split(".")[0]) >= 5) == TRANSFORMERS_5

@@ -1,0 +1,135 @@
+"""Several processes: one whose batch has no picture takes part in every step, and changes nothing."""
+
+import re
+
+import pytest
+import torch
+from support.helpers import run_processes, tiny_inputs, tiny_model
+from safetensors import safe_open
+
+from emma_hf.model.compat_emma import TRANSFORMERS_5
+from emma_hf.training import prepare
+
+STEP = """
+import sys
+import torch
+import torch.distributed as dist
+from support.helpers import tiny_inputs, tiny_model
+from emma_hf.training import prepare
+
+output, engine = sys.argv[1:]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = prepare(tiny_model(), "finetune").train()
+# The second process has text alone.
+inputs = tiny_inputs(model, images=(1, 2) if rank == 0 else (0, 0), words=10 if rank == 0 else 42)
+if engine == "ddp":
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+else:
+    from torch.distributed.fsdp import fully_shard
+
+    # As `Trainer` and accelerate wrap: the layers of every tower, then the rest. CLIP stays frozen.
+    layers = ("LlamaDecoderLayer", "CLIPEncoderLayer", "EmmaModalityAdaptation")
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    wrapped = fully_shard(model)
+for _ in range(2):
+    wrapped.zero_grad()
+    loss = wrapped(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+grads = {}
+for name, parameter in model.named_parameters():
+    if parameter.grad is not None:
+        grad = parameter.grad
+        grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+wrapped.eval()
+with torch.no_grad():
+    logits = wrapped(**inputs).logits
+if rank == 0:
+    torch.save(grads, output)
+print(f"rank {rank} loss {loss.item():.6f} finite {bool(logits.isfinite().all())}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fully_shard"])
+def test_a_process_without_a_picture_does_not_stop_the_others(tmp_path, engine):
+    script = tmp_path / "step.py"
+    script.write_text(STEP)
+    # Without a part for every process in every step this waits for ever; the timeout is the test.
+    done = run_processes(script, tmp_path / "grads.pt", engine, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # The lines of two processes can run into each other.
+    assert sorted(re.findall(r"rank (\d) loss [\d.]+ finite True", done.stdout)) == ["0", "1"], done.stdout
+
+    model = prepare(tiny_model(), "finetune").train()
+    losses = []
+    for images, words in (((1, 2), 10), ((0, 0), 42)):
+        inputs = tiny_inputs(model, images=images, words=words)
+        losses.append(model(**inputs, labels=inputs["input_ids"]).loss)
+    (sum(losses) / 2).backward()
+    grads = torch.load(tmp_path / "grads.pt", weights_only=True)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            grads[name], grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_one_process_reads_no_black_picture(monkeypatch):
+    model = prepare(tiny_model(), "finetune").train()
+    inputs = tiny_inputs(model, images=(0,), words=20)
+    monkeypatch.setattr(model.model, "get_vision_features", lambda *args: pytest.fail("a picture was read"))
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad is None
+
+
+def test_what_is_not_seen_changes_no_bit(monkeypatch):
+    model = tiny_model().train()
+    inputs = tiny_inputs(model, images=(0, 0), words=20)
+    alone = model(**inputs).logits
+    with torch.no_grad():
+        # Not even where the black picture would be no number.
+        model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
+    monkeypatch.setattr("emma_hf.model.modeling_emma.steps_together", lambda model: True)
+    together = model(**inputs).logits
+    assert torch.equal(alone, together)
+    together.sum().backward()
+    for parameter in model.model.modality_adaptation.parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 keeps no rules of renaming")
+def test_rules_that_renamed_nothing_are_not_undone_on_saving(tmp_path):
+    from transformers.core_model_loading import WeightRenaming
+
+    # What ZeRO-3 leaves behind on loading: undone, it would put another `model.` into the names.
+    model = tiny_model()
+    expected = set(model.state_dict())
+    model._weight_conversions = [WeightRenaming(r"^model\.language_model\.model", "model.language_model")]
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {name for name in expected if "language_model" in name} <= names
+
+
+def test_no_weight_is_looked_at_before_its_module_runs(monkeypatch):
+    # Under ZeRO-3 a look gathers the weight, and the processes that have a picture do not look there.
+    model = prepare(tiny_model(), "finetune").train()
+    monkeypatch.setattr("emma_hf.model.modeling_emma.steps_together", lambda model: True)
+    projector = model.model.multi_modal_projector
+    running, early = [False], []
+    projector.register_forward_pre_hook(lambda *args: running.__setitem__(0, True))
+    look, linear = torch.nn.Module.__getattr__, projector.linear_1
+
+    def watched(module, name):
+        if module is linear and name in ("weight", "bias") and not running[0]:
+            early.append(name)
+        return look(module, name)
+
+    monkeypatch.setattr(torch.nn.Module, "__getattr__", watched)
+    inputs = tiny_inputs(model, images=(0,), words=20)
+    model(**inputs, labels=inputs["input_ids"])
+    assert running == [True] and not early

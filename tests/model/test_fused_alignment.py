@@ -1,0 +1,508 @@
+"""The kernels against float64, and when they run.
+
+They run on CUDA where there is one, and in Triton's interpreter where `TRITON_INTERPRET=1` is set (`make test-kernels`).
+Everything else runs everywhere.
+"""
+
+import importlib.util
+import re
+import sys
+from functools import partial
+
+import pytest
+import torch
+from support.helpers import tiny_config, tiny_inputs, tiny_model
+from torch import nn
+
+from emma_hf import EmmaForConditionalGeneration
+from emma_hf.model import fused_alignment as fused
+from emma_hf.model.modeling_emma import EmmaModalityAdaptation
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA and fused.triton is not None else "cpu"
+needs_kernels = pytest.mark.skipif(
+    fused.triton is None or not (CUDA or fused.INTERPRETED),
+    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1 (make test-kernels)",
+)
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device and triton")
+
+NAMES = ("F", "grad V", "grad H", "grad Wp", "grad bp", "grad Wa", "grad ba")
+REFERENCE = (fused.instruction_projection_reference, fused.visual_alignment_reference)
+KERNELS = (fused.instruction_projection, fused.visual_alignment)
+
+# images, N, T, vision width, instruction width
+SIZES = [(1, 1, 1, 1, 1), (2, 16, 7, 24, 16), (1, 66, 65, 70, 33), (3, 5, 77, 17, 80)]
+REAL = [(1, 576, 77, 1024, 768), (2, 600, 130, 1100, 800)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that is not written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def available(monkeypatch):
+    """As on a machine whose kernels run on every device; the operations are their references where there is none."""
+    monkeypatch.setattr(fused, "triton", fused.triton or object())
+    monkeypatch.setattr(fused, "_device_runs_kernels", lambda kind, index: True)
+
+
+def operands(size: tuple[int, ...], dtype: torch.dtype, device: str = DEVICE) -> list[torch.Tensor]:
+    """V, H, Wp, bp, Wa, ba and the gradient of F; V and H are parts of longer sequences, as in the model."""
+    images, visual, instruction, width, width_in = size
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    return [
+        within_poison(normal(images, visual, width)),
+        within_poison(normal(images, instruction, width_in)),
+        normal(width, width_in, scale=width_in**-0.5),
+        normal(width),
+        normal(visual, visual + instruction, scale=(visual + instruction) ** -0.5),
+        normal(visual),
+        normal(images, visual, width),
+    ]
+
+
+def within_poison(tokens: torch.Tensor) -> torch.Tensor:
+    """The same tokens, with NaN before, behind and beside them in memory."""
+    images, count, width = tokens.shape
+    around = tokens.new_full((images, count + 2, width + 2), torch.nan)
+    inside = around[:, 1:-1, 1:-1]
+    inside.copy_(tokens)
+    return inside
+
+
+def run(operations, tensors: list[torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """F and the six gradients."""
+    project, align = operations
+    *leaves, upstream = [tensor.detach().to(dtype or tensor.dtype) for tensor in tensors]
+    v, h, wp, bp, wa, ba = leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = align(v, project(h, wp, bp), wa, ba)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_as_exact_as_eager(tensors: list[torch.Tensor]) -> None:
+    """Against float64 at most twice eager's error; where few numbers leave that to luck, one rounding besides."""
+    dtype = tensors[0].dtype
+    truth = run(REFERENCE, [tensor.cpu() for tensor in tensors], torch.float64)
+    eager, ours = run(REFERENCE, tensors), run(KERNELS, tensors)
+    for name, exact, plain, found in zip(NAMES, truth, eager, ours):
+        assert found.dtype == dtype and found.shape == exact.shape, name
+        allowed, error = ((value.cpu().double() - exact).norm().item() for value in (plain, found))
+        luck = torch.finfo(dtype).eps * exact.norm().item() if exact.numel() < 64 else 0
+        assert error <= 2 * allowed + luck, f"{name}: {error} against {allowed} of eager"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_output_and_gradients(size, dtype):
+    assert_as_exact_as_eager(operands(size, dtype))
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@pytest.mark.parametrize("size", REAL, ids=str)
+def test_output_and_gradients_of_real_sizes(size, dtype, monkeypatch):
+    if not CUDA:
+        # The interpreter's time goes by the number of blocks.
+        for name in ("FLOAT32_BLOCKS", "SMALL_BLOCKS", "LARGE_BLOCKS"):
+            monkeypatch.setattr(fused, name, fused.Blocks(256, 512, 128, warps=8, stages=2))
+    assert_as_exact_as_eager(operands(size, dtype))
+
+
+@needs_kernels
+def test_sums_in_several_parts(monkeypatch):
+    # One program for each two steps, the last with one.
+    monkeypatch.setattr(fused, "STEPS", 2)
+    assert_as_exact_as_eager(operands((5, 4, 3, 40, 2), torch.float32))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(dtype):
+    v, h, wp, bp, wa, ba, grad = operands((2, 18, 9, 20, 6), dtype)
+    turned = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (v, h)]
+    doubled = [torch.stack([bias, bias], -1)[:, 0] for bias in (bp, ba)]
+    turned_weights = [weight.t().contiguous().t() for weight in (wp, wa)]
+    tensors = [*turned, turned_weights[0], doubled[0], turned_weights[1], doubled[1], grad.transpose(1, 2).mT]
+    assert not any(tensor.is_contiguous() for tensor in tensors[:-1])
+    plain = run(KERNELS, [v, h, wp, bp, wa, ba, grad])
+    for name, one, other in zip(NAMES, run(KERNELS, tensors), plain):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+    # The gradient of a sum is one number, spread without memory.
+    tensors[-1] = torch.ones((), dtype=dtype, device=DEVICE).expand_as(grad)
+    assert_as_exact_as_eager(tensors)
+
+
+@needs_kernels
+def test_nothing_beside_an_operand_is_read():
+    v, _, _, _, wa, ba, grad = operands((2, 6, 5, 7, 1), torch.float32)
+    p, grad = within_poison(torch.randn_like(v[:, :5])), within_poison(grad)
+    wa, bias = within_poison(wa[None])[0], within_poison(ba[None, :, None])[0, :, 0]
+    leaves = [leaf.requires_grad_() for leaf in (v, p, wa, bias)]
+    ours = fused.visual_alignment(*leaves)
+    plain = fused.visual_alignment_reference(*leaves)
+    torch.testing.assert_close(ours, plain)
+    for one, other in zip(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(plain, leaves, grad)):
+        torch.testing.assert_close(one, other)
+
+
+@needs_kernels
+def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
+    v, h, wp, bp, wa, ba, grad = operands((1, 4, 3, 5, 2), torch.float32)
+    monkeypatch.setattr(fused, "_weight_gradient", lambda *args: pytest.fail("a frozen weight's gradient"))
+    wp.requires_grad_()
+    calls = []
+    product = fused._token_product
+    monkeypatch.setattr(fused, "_token_product", lambda *args: (calls.append(args[1]), product(*args))[1])
+    fused.visual_alignment(v, fused.instruction_projection(h, wp, bp), wa, ba).backward(grad)
+    # F has 4 rows. Of the tokens only the 3 of the instruction lead to a weight that learns.
+    assert calls == [4, 3]
+    assert wp.grad is not None and bp.grad is None
+
+
+@needs_kernels
+def test_the_same_bits_each_time():
+    tensors = operands((3, 20, 9, 40, 12), torch.bfloat16)
+    for one, other in zip(run(KERNELS, tensors), run(KERNELS, tensors)):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [*fused.DTYPES, torch.float64], ids=str)
+def test_no_picture(dtype):
+    out, *grads = run(KERNELS, operands((0, 4, 3, 5, 2), dtype, "cpu"))
+    assert out.shape == (0, 4, 5)
+    assert all(grad.dtype == dtype and not grad.any() for grad in grads)
+
+
+@pytest.mark.slow
+def test_the_operations_are_well_made():
+    v, h, wp, bp, wa, ba, grad = [tensor.cpu() for tensor in operands((2, 5, 3, 4, 2), torch.float32)]
+    leaves = [tensor.clone().requires_grad_() for tensor in (v, h, wp, bp, wa, ba)]
+    projected = fused.instruction_projection_reference(h, wp, bp)
+    cases = [
+        (fused.instruction_projection, (leaves[1], leaves[2], leaves[3])),
+        (fused.visual_alignment, (leaves[0], projected.requires_grad_(), leaves[4], leaves[5])),
+        (fused.gelu_gradient, (torch.randn_like(projected).detach(), h, wp, bp)),
+        (fused.token_gradient, (grad, wa, 5, 8)),
+        (fused.weight_gradient, (grad, v, projected.detach())),
+    ]
+    for operation, arguments in cases:
+        # What has no gradient of its own need not be traced with one.
+        differentiable = arguments[-1].requires_grad if isinstance(arguments[-1], torch.Tensor) else False
+        checks = ("test_schema", "test_faketensor")
+        checks += ("test_autograd_registration", "test_aot_dispatch_dynamic") if differentiable else ()
+        assert set(torch.library.opcheck(operation, arguments, test_utils=checks).values()) == {"SUCCESS"}
+
+
+def test_gradients_by_finite_differences():
+    v, h, wp, bp, wa, ba, _ = operands((2, 4, 3, 5, 2), torch.float64, "cpu")
+    leaves = [tensor.clone().requires_grad_() for tensor in (v, h, wp, bp, wa, ba)]
+
+    def both(v, h, wp, bp, wa, ba):
+        return fused.visual_alignment(v, fused.instruction_projection(h, wp, bp), wa, ba)
+
+    assert torch.autograd.gradcheck(both, leaves)
+
+
+def adaptation(dtype: torch.dtype = torch.float32, implementation: str = "auto", **kwargs) -> EmmaModalityAdaptation:
+    torch.manual_seed(0)
+    module = EmmaModalityAdaptation(tiny_config(fusion_implementation=implementation, **kwargs))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0, 0.2)
+    return module.to(dtype)
+
+
+def features(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """V and H of two pictures, in the sizes of `tiny_config`."""
+    generator = torch.Generator().manual_seed(0)
+    v, h = torch.randn(2, 16, 32, generator=generator), torch.randn(2, 77, 16, generator=generator)
+    return v.to(device), h.to(device)
+
+
+@pytest.mark.skipif(fused.INTERPRETED, reason="the kernels run on a CPU here")
+def test_auto_is_eager_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("emma_hf.model.modeling_emma.fused_adaptation", lambda *args: pytest.fail("the kernels ran"))
+    module = adaptation()
+    v, h = features()
+    expected = torch.cat([v, nn.functional.gelu(module.instruction_projection(h))], 1).transpose(1, 2)
+    expected = nn.functional.linear(expected, module.visual_alignment.weight, module.visual_alignment.bias)
+    assert torch.equal(module(v, h), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_module_compiles_whole(available, fuse, offset):
+    module = adaptation(implementation="auto" if fuse else "eager", visual_offset=offset)
+    v, h = features()
+    v.requires_grad_()
+    plain = adaptation(implementation="eager", visual_offset=offset)
+    plain(v, h).square().sum().backward()
+    expected = [v.grad.clone(), *(parameter.grad for parameter in plain.parameters())]
+    v.grad = None
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(v, h), plain(v, h))
+    compiled(v, h).square().sum().backward()
+    for found, exact in zip([v.grad, *(parameter.grad for parameter in module.parameters())], expected):
+        torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+    assert any(fused.NAMESPACE in target for target in targets) == fuse
+
+
+def test_an_exported_program_does_not_need_the_kernels(available):
+    program = torch.export.export(adaptation(), features())
+    assert fused.NAMESPACE not in str(program.graph)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+def test_auto_does_not_change_an_answer(dtype):
+    model = tiny_model(visual_offset=True).to(DEVICE, dtype)
+    inputs = {name: value.to(DEVICE) for name, value in tiny_inputs(model, images=(1, 2)).items()}
+    exact = tiny_model(visual_offset=True, fusion_implementation="eager").to(dtype).double()
+    truth = exact(**{name: value.cpu() for name, value in inputs.items()}).logits
+    # Its own layers are rounded to the dtype in both, and only the part between them differs.
+    errors = []
+    for implementation in ("eager", "auto"):
+        model.config.fusion_implementation = implementation
+        with torch.no_grad():
+            errors.append((model(**inputs).logits.cpu().double() - truth).norm().item())
+    assert errors[1] <= 1.1 * errors[0] and errors[1] != errors[0]
+
+
+@needs_kernels
+def test_gradient_checkpointing():
+    module, (v, h) = adaptation(implementation="triton").to(DEVICE), features(DEVICE)
+    grads = []
+    for again in (False, True):
+        module.zero_grad()
+        run = partial(torch.utils.checkpoint.checkpoint, module, use_reentrant=False) if again else module
+        out = run(v, h)
+        out.square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*grads))
+
+
+@needs_kernels
+def test_autocast_is_heeded():
+    module, (v, h) = adaptation(implementation="triton").to(DEVICE), features(DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = module(v, h)
+        module.config.fusion_implementation = "eager"
+        plain = module(v, h)
+    assert out.dtype == plain.dtype == torch.bfloat16
+    exact = module.double()(v.double(), h.double())
+    assert (out - exact).norm() <= 2 * (plain - exact).norm()
+    out.square().sum().backward()
+    assert module.visual_alignment.weight.grad.isfinite().all()
+
+
+@needs_cuda
+def test_capture_in_a_graph():
+    module, (v, h) = adaptation(torch.bfloat16, "triton").to(DEVICE), features(DEVICE)
+    v, h = v.bfloat16(), h.bfloat16()
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        module(v, h)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(v, h)
+        for scale in (1, 2):
+            v.mul_(scale)
+            graph.replay()
+            assert torch.equal(out, module(v, h))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_on_a_gpu(dtype):
+    module, (v, h) = adaptation(dtype, "triton").to(DEVICE), features(DEVICE)
+    expected = module(v, h)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(v, h), expected)
+
+
+class Unsafe(nn.Parameter):
+    """Stands for the weight of a quantizer, which is a class of its own."""
+
+
+def wrapped_by_peft(module: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["instruction_projection"], r=2), module)
+
+
+def quantized_by_bitsandbytes(module: nn.Module) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    module.instruction_projection = bitsandbytes.nn.Linear8bitLt(16, 32)
+
+
+def with_quantized_weight(module: nn.Module) -> None:
+    module.instruction_projection.weight = Unsafe(module.instruction_projection.weight.data)
+
+
+def hooked(module: nn.Module) -> None:
+    module.visual_alignment.register_forward_hook(lambda *args: None)
+
+
+def offloaded(module: nn.Module) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(module.visual_alignment, ModelHook())
+
+
+def in_float64(module: nn.Module) -> None:
+    module.double()
+
+
+def elsewhere(module: nn.Module) -> None:
+    module.visual_alignment.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            wrapped_by_peft,
+            r"`instruction_projection` must be a plain Linear: got peft\.[\w.]+\.Linear; merge or unwrap it",
+        ),
+        (
+            quantized_by_bitsandbytes,
+            r"must be a plain Linear: got bitsandbytes\.[\w.]+\.Linear8bitLt; merge or unwrap it",
+        ),
+        (with_quantized_weight, "`instruction_projection` must have plain weights: got Unsafe; load it unquantized"),
+        (hooked, r"`visual_alignment` must be called for its hooks \(offloading, ZeRO-3, yours\); remove them"),
+        (offloaded, r"`visual_alignment` must be called for its hooks \(offloading, ZeRO-3, yours\); remove them"),
+        (in_float64, "float32, float16 or bfloat16: `instruction_projection` has torch.float64; convert them"),
+        (elsewhere, "weights and features must be on one device: `visual_alignment` is on meta; move it"),
+    ],
+)
+def test_what_cannot_be_fused(available, change, message):
+    module, (v, h) = adaptation(), features()
+    assert fused.runs_fused("auto", module, v, h)
+    change(module)
+    assert not fused.runs_fused("auto", module, v, h)
+    with pytest.raises(ValueError, match=f"fusion_implementation='triton' cannot run: .*{message}; or use 'auto'"):
+        fused.runs_fused("triton", module, v, h)
+
+
+def test_auto_with_an_adapter_is_eager(available):
+    module, (v, h) = adaptation(), features()
+    wrapped_by_peft(module)
+    expected = fused.visual_alignment_reference(
+        v, nn.functional.gelu(module.instruction_projection(h)), *module.visual_alignment.parameters()
+    )
+    assert torch.equal(module(v, h), expected)
+
+
+@pytest.mark.skipif(fused.INTERPRETED, reason="the kernels run on a CPU here")
+def test_a_wrong_device_is_named(monkeypatch):
+    monkeypatch.setattr(fused, "triton", fused.triton or object())
+    module = adaptation(implementation="triton")
+    with pytest.raises(
+        ValueError, match="needs a CUDA device of compute capability 8.0 or newer, and the features are on cpu; move"
+    ):
+        module(*features())
+
+
+def test_features_on_two_devices_are_named(available):
+    v, h = features()
+    with pytest.raises(ValueError, match="both features must be on one device: got cpu and meta"):
+        fused.runs_fused("triton", adaptation(), v, h.to("meta"))
+
+
+def test_a_missing_package_is_named_before_any_weight_is_made(monkeypatch):
+    monkeypatch.setattr(fused, "triton", None)
+    monkeypatch.setattr("emma_hf.model.modeling_emma.CLIPVisionModel", None)
+    message = r"needs the package triton, which is not installed: install it with `pip install \"emma-hf\[kernels\]\"`"
+    with pytest.raises(ImportError, match=message):
+        EmmaForConditionalGeneration(tiny_config(fusion_implementation="triton"))
+    assert not fused.runs_fused("auto", adaptation(), *features())
+
+
+def test_two_copies_of_the_file_live_side_by_side():
+    # The installed one, and one under another name, as `trust_remote_code` brings it.
+    tensors = operands((1, 3, 2, 4, 2), torch.float32, "cpu")
+    expected = run(KERNELS, tensors)
+    spec = importlib.util.spec_from_file_location("emma_hf.some-model", fused.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = copy
+    try:
+        spec.loader.exec_module(copy)
+        assert copy.NAMESPACE == "emma_hf_some_model" != fused.NAMESPACE
+        for operations in ((copy.instruction_projection, copy.visual_alignment), KERNELS):
+            for one, other in zip(run(operations, tensors), expected):
+                assert torch.equal(one, other)
+    finally:
+        del sys.modules[spec.name]
+
+
+@pytest.mark.skipif(
+    fused.triton is None or fused.INTERPRETED or sys.platform != "linux",
+    reason="needs triton, not interpreted, whose compiler needs no GPU (make test-kernels)",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [1, 64])
+def test_the_compiler_makes_what_was_meant(images, monkeypatch, tmp_path):
+    """For a GPU that is not there: tensor cores, weights read sixteen bytes at a time, no register spilled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = []
+
+    def compile_only(kernel, programs, blocks, *arguments, **constants):
+        constants.update(UPCAST=False, ROWS=blocks.rows, COLUMNS=blocks.columns, DEPTH=blocks.depth)
+        signature, values, attributes = {}, {}, {}
+        arguments = iter(arguments)
+        for place, name in enumerate(kernel.arg_names):
+            value = constants[name] if name in constants else next(arguments)
+            if isinstance(value, torch.Tensor):
+                signature[name] = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[value.dtype]
+            elif name in constants or value == 1:
+                signature[name], values[(place,)] = "constexpr", value
+            else:
+                signature[name] = "i32"
+            if isinstance(value, torch.Tensor) or (signature[name] == "i32" and value % 16 == 0):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        for architecture, instruction in ((80, "mma.sync"), (90, "wgmma.mma_async")):
+            target = GPUTarget("cuda", architecture, 32)
+            code = fused.triton.compile(source, target=target, options=options)
+            compiled.append((kernel.fn.__name__, architecture))
+            assert instruction in code.asm["ptx"], compiled[-1]
+            assert "cp.async.cg.shared.global" in code.asm["ptx"], compiled[-1]
+            # A piece of 4 or 8 bytes, as of rows that are not aligned, has another name.
+            assert not re.search(r"cp\.async\.ca|ld\.local|st\.local", code.asm["ptx"]), compiled[-1]
+
+    monkeypatch.setattr(fused, "_launch", compile_only)
+    monkeypatch.setattr(fused, "_in_kernels", lambda tensor: True)
+    with torch.device("meta"):
+        v = torch.empty(images, 577, 1024, dtype=torch.bfloat16)[:, 1:]
+        h = torch.empty(images, 77, 768, dtype=torch.bfloat16)
+        wp, bp = torch.empty(1024, 768, dtype=torch.bfloat16), torch.empty(1024, dtype=torch.bfloat16)
+        wa, ba = torch.empty(576, 653, dtype=torch.bfloat16), torch.empty(576, dtype=torch.bfloat16)
+    p = fused._projection(h, wp, bp)
+    fused._projection(h, wp, bp, p)
+    wa = fused._aligned(wa)
+    f = fused._token_product(wa, 576, v, p, ba)
+    fused._token_product(wa[:, 576:].t(), 77, f)
+    fused._weight_gradient(f, v, p)
+    assert len(compiled) == 10

@@ -1,0 +1,407 @@
+"""The processor: counts, instructions, prompt ids, chat templates, saving and loading, and its errors."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import IMAGE_TOKENS, recorded_inputs
+from PIL import Image
+
+from emma_hf import EmmaImageProcessor, EmmaProcessor
+from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def asked(processor, row) -> list[int]:
+    return encode_instruction(processor.instruction_tokenizer, row)
+
+
+def user(*parts) -> dict:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+# Calls
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_prompts_and_instructions(processor, cases, prompts, name):
+    case = prompts[name]
+    inputs = processor(images=[picture()] * len(case["instructions"]), text=case["prompt"], return_tensors="pt")
+    expected = recorded_inputs(cases, name)
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["instruction_input_ids"], expected["instruction_input_ids"])
+    assert inputs["pixel_values"].shape == expected["pixel_values"].shape
+    explicit = processor(
+        images=[picture()] * len(case["instructions"]), text=case["prompt"], instructions=case["instructions"]
+    )
+    assert explicit["instruction_input_ids"] == expected["instruction_input_ids"].tolist()
+
+
+def test_a_padded_batch_pads_the_prompt_and_never_the_instruction(processor):
+    texts = [
+        "USER: <image>\nWho? ASSISTANT:",
+        "USER: hello there ASSISTANT:",
+        "USER: <image>\n<image>\nWhat? ASSISTANT:",
+    ]
+    images = [[picture(0)], [], [picture(1), picture(2)]]
+    single = [processor(images=row or None, text=text) for row, text in zip(images, texts)]
+    for side in ("left", "right"):
+        for padding, length in ((True, None), ("max_length", 120), ("longest", None)):
+            batch = processor(
+                images=images, text=texts, padding=padding, max_length=length, padding_side=side, return_tensors="pt"
+            )
+            assert batch["instruction_input_ids"].shape == (3, 77)
+            assert batch["pixel_values"].shape == (3, 3, 28, 28)
+            for row, alone in enumerate(single):
+                kept = batch["attention_mask"][row].bool()
+                assert batch["input_ids"][row][kept].tolist() == alone["input_ids"][0]
+                assert kept[-1 if side == "left" else 0]
+                assert (batch["input_ids"][row][~kept] == processor.tokenizer.pad_token_id).all()
+            if length:
+                assert batch["input_ids"].shape[1] == length
+            rows = [asked(processor, "Who?"), asked(processor, "What?"), asked(processor, "What?")]
+            assert batch["instruction_input_ids"].tolist() == rows
+    flat = processor(images=[image for row in images for image in row], text=texts, padding=True, return_tensors="pt")
+    assert torch.equal(
+        flat["input_ids"], processor(images=images, text=texts, padding=True, return_tensors="pt")["input_ids"]
+    )
+
+
+def test_text_kwargs_and_special_tokens(processor):
+    plain = processor(text="hello", add_special_tokens=False)["input_ids"][0]
+    assert processor(text="hello")["input_ids"][0] == [1, *plain]
+    assert processor(text="hello", text_kwargs={"add_special_tokens": False})["input_ids"][0] == plain
+    assert "attention_mask" not in processor(text="hello", return_attention_mask=False)
+    assert processor(text="hello", padding="max_length", max_length=9, pad_to_multiple_of=4)["input_ids"][0][0] == 0
+    types = processor(images=picture(), text="USER: <image>\nWho? ASSISTANT:", return_mm_token_type_ids=True)
+    ids = types["input_ids"][0]
+    assert types["mm_token_type_ids"][0] == [int(token == 700) for token in ids]
+    assert sum(types["mm_token_type_ids"][0]) == IMAGE_TOKENS
+    assert processor.image_token_ids == [700]
+    if hasattr(processor, "create_mm_token_type_ids"):
+        # What Transformers 5 makes of the same ids by this name.
+        assert processor.create_mm_token_type_ids([ids]) == types["mm_token_type_ids"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_piece_between_pictures_is_read_as_a_text_of_its_own(processor, reference, tmp_path, legacy):
+    import sentencepiece
+
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": legacy}))
+    again = EmmaProcessor.from_pretrained(tmp_path)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(reference / "original" / "tokenizer.model"))
+    for piece in (" ASSISTANT:", "  a", "\n", "\nWho?", "a", " \nx", "   ", "the hat  is", "é 猫"):
+        prompt = f"<image>{piece}<image>"
+        ids = again(images=[picture()] * 2, text=prompt, add_special_tokens=False)["input_ids"][0]
+        assert ids[IMAGE_TOKENS:-IMAGE_TOKENS] == plain.encode(piece), repr(piece)
+
+
+def test_offsets_point_into_the_prompt(processor):
+    prompt = "USER: <image>\nWho is it? ASSISTANT: An officer."
+    inputs = processor(images=picture(), text=prompt, return_offsets_mapping=True)
+    spans = {
+        prompt[start:end]
+        for token, (start, end) in zip(inputs["input_ids"][0], inputs["offset_mapping"][0])
+        if token == 700
+    }
+    assert spans == {"<image>"}
+    ends = [end for _, end in inputs["offset_mapping"][0]]
+    assert max(ends) == len(prompt)
+    assert ends[1:] == sorted(ends[1:])
+
+
+@pytest.mark.parametrize("tensors", [None, "pt", "np"])
+def test_return_types(processor, tensors):
+    inputs = processor(images=picture(), text="<image>\nWho?", return_tensors=tensors)
+    kind = {None: list, "pt": torch.Tensor, "np": np.ndarray}[tensors]
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "instruction_input_ids"}
+    assert all(isinstance(value, kind) for value in inputs.values())
+
+
+def test_pictures_alone_and_words_alone(processor):
+    assert set(processor(images=picture(), return_tensors="pt")) == {"pixel_values"}
+    both = processor(images=[picture(), picture()], instructions="Who?", return_tensors="pt")
+    assert both["instruction_input_ids"].shape == (2, 77)
+    assert set(processor(text="hello", return_tensors="pt")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        ("a", ["a", "a", "a"]),
+        (["a", "b"], ["a", "b", "b"]),
+        ([["a"], ["b", "c"]], ["a", "b", "c"]),
+        (["a", ["b", "c"]], ["a", "b", "c"]),
+    ],
+)
+def test_instructions_of_two_prompts(processor, instructions, expected):
+    texts, images = ["<image>\nx", "<image>\n<image>\ny"], [[picture()], [picture()] * 2]
+    ids = processor(images=images, text=texts, instructions=instructions)["instruction_input_ids"]
+    assert ids == [asked(processor, text) for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [("a", "aa"), (["a"], "aa"), (["a", "b"], "ab"), ([["a", "b"]], "ab"), (("a", "b"), "ab")],
+)
+def test_instructions_of_one_prompt(processor, instructions, expected):
+    ids = processor(images=[picture()] * 2, text="<image>\n<image>\nx", instructions=instructions)[
+        "instruction_input_ids"
+    ]
+    assert ids == [asked(processor, text) for text in expected]
+
+
+def test_unusual_text_is_legal(processor, model):
+    for text in (
+        "USER: <image> ASSISTANT:",
+        "<image>",
+        "USER: <image>\n" + "word " * 10_000 + "ASSISTANT:",
+        "<image><image>",
+    ):
+        images = [picture()] * text.count("<image>")
+        inputs = processor(images=images, text=text, return_tensors="pt")
+        assert (inputs["input_ids"] == 700).sum() == IMAGE_TOKENS * len(images)
+        assert inputs["instruction_input_ids"][0, 0] == 49406
+    assert set(processor(text="")) == {"input_ids", "attention_mask"}
+    for size in ((1, 1), (1, 3), (3, 1)):
+        inputs = processor(images=Image.new("RGB", size), text="<image>\nWho?", return_tensors="pt")
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_truncation_cuts_words_and_never_a_picture(processor):
+    text = "USER: <image>\nWho is it? ASSISTANT: An officer in a uniform."
+    whole = processor(images=picture(), text=text)["input_ids"][0]
+    cut = processor(images=picture(), text=text, truncation=True, max_length=len(whole) - 4)["input_ids"][0]
+    assert cut == whole[:-4]
+    with pytest.raises(
+        ValueError, match=r"must not cut an image: prompt 0 has \d+ tokens and would lose \d+ of its 16"
+    ):
+        processor(images=picture(), text=text, truncation=True, max_length=12)
+
+
+# Chats
+
+
+def test_the_chat_template_is_the_recorded_conversation(processor, prompts):
+    recorded = {name: "<s>" + prompts[name]["prompt"] for name in ("single", "multi_image", "history")}
+    messages = [user(picture(), "What color is the cat?")]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["single"]
+    messages = [user(picture(), picture(), "What changed between the two?")]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["multi_image"]
+    messages = [user(picture(), "Who is it?"), {"role": "assistant", "content": "An officer."}, user("And the hat?")]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == recorded["history"]
+    as_words = [{"role": "user", "content": "<image>\nWhat color is the cat?"}]
+    assert processor.apply_chat_template(as_words, add_generation_prompt=True) == recorded["single"]
+    system = [{"role": "system", "content": "Be brief."}, user("Hi")]
+    assert processor.apply_chat_template(system) == "<s>Be brief. USER: Hi "
+    begun = [user("Hi"), {"role": "assistant", "content": "Hello th"}]
+    assert processor.apply_chat_template(begun, continue_final_message=True).endswith("ASSISTANT: Hello th")
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("text", ["Who?", "<image>\nWho?", "USER: <image>\nWho? ASSISTANT:", ""])
+def test_a_written_bos_is_the_first_id_once(processor, text, add_special_tokens):
+    # Trainers and servers hand over a rendered chat with it and turn the special tokens off.
+    images = [picture()] * text.count("<image>") or None
+    written = processor(images=images, text=f"<s>{text}", add_special_tokens=add_special_tokens)
+    plain = processor(images=images, text=text)
+    assert written["input_ids"] == plain["input_ids"]
+    if images:
+        assert torch.equal(torch.tensor(written["instruction_input_ids"]), torch.tensor(plain["instruction_input_ids"]))
+    offsets = processor(images=images, text=f"<s>{text}", return_offsets_mapping=True)["offset_mapping"][0]
+    expected = processor(images=images, text=text, return_offsets_mapping=True)["offset_mapping"][0]
+    assert offsets == [(0, 3)] + [(start + 3, end + 3) for start, end in expected[1:]]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_messages_and_their_rendered_prompt_give_the_same_inputs(processor, batched):
+    messages = [
+        user(picture(1), "Who is it?\nIn one word."),
+        {"role": "assistant", "content": [{"type": "text", "text": "An officer."}]},
+        user("And the hat?"),
+    ]
+    chats = [messages, [user(picture(2), picture(3), "What changed?")]] if batched else messages
+    settings = {"add_generation_prompt": True, "padding": batched}
+    inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors="pt", **settings)
+    rendered = processor.apply_chat_template(chats, add_generation_prompt=True)
+    images = [[picture(1)], [picture(2), picture(3)]] if batched else picture(1)
+    expected = processor(images=images, text=rendered, padding=batched, return_tensors="pt")
+    assert set(inputs) == set(expected)
+    for name in inputs:
+        assert torch.equal(inputs[name], expected[name]), name
+    assert inputs["instruction_input_ids"][0].tolist() == asked(processor, "Who is it?")
+
+
+def test_an_explicit_instruction_wins(processor):
+    chat = [user(picture(), "Who is it?")]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    flat = processor.apply_chat_template(chat, instructions="the hat", **settings)
+    inner = processor.apply_chat_template(chat, processor_kwargs={"instructions": "the hat"}, **settings)
+    for inputs in (flat, inner):
+        assert inputs["instruction_input_ids"].tolist() == [asked(processor, "the hat")]
+
+
+def test_the_latest_turn_can_be_the_instruction(processor):
+    latest = EmmaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        processor.instruction_tokenizer,
+        image_seq_length=16,
+        instruction_turn="last",
+    )
+    chat = [user(picture(), "Who?"), {"role": "assistant", "content": "Secret."}, user("And the hat?")]
+    inputs = latest.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert inputs["instruction_input_ids"] == [asked(processor, "And the hat?")]
+    prompt = latest.apply_chat_template(chat, add_generation_prompt=True)
+    assert latest(images=picture(), text=prompt)["instruction_input_ids"] == [asked(processor, "And the hat?")]
+
+
+def test_a_typed_placeholder_in_a_text_part_is_words(processor):
+    chat = [user(picture(), "What is a <image> token?")]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    ids = inputs["input_ids"][0]
+    assert ids.count(700) == IMAGE_TOKENS
+    assert inputs["instruction_input_ids"] == [asked(processor, "What is a <image> token?")]
+    words = processor.tokenizer.decode([token for token in ids if token != 700])
+    assert "What is a <image> token?" in words
+    assert PLACEHOLDER_ESCAPE not in words
+    # The rendered prompt keeps the two apart as well.
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert processor(images=picture(), text=prompt)["input_ids"] == [ids]
+    # In a bare prompt it is a placeholder, and the numbers must agree.
+    with pytest.raises(ValueError, match="prompt 0 holds 2 placeholders|got 2 placeholders"):
+        processor(images=picture(), text="USER: <image>\nWhat is a <image> token? ASSISTANT:")
+    answer = [user(picture(), "Who?"), {"role": "assistant", "content": "A <image>."}, user("So?")]
+    inputs = processor.apply_chat_template(answer, tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0].count(700) == IMAGE_TOKENS
+
+
+def test_control_tokens_that_transformers_marked_are_words(processor):
+    marked = "USER: <image>\na \U000f0000<image>\U000f0001 b \U000f0000</s>\U000f0001 ASSISTANT:"
+    inputs = processor(images=picture(), text=marked, sanitize_control_tokens=True)
+    assert inputs["input_ids"][0].count(700) == IMAGE_TOKENS
+    assert processor.tokenizer.eos_token_id not in inputs["input_ids"][0]
+    assert inputs["instruction_input_ids"] == [asked(processor, "a <image> b </s>")]
+
+
+def test_assistant_tokens_can_be_masked(processor):
+    chat = [user(picture(), "Who is it?"), {"role": "assistant", "content": "An officer."}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids = [token for token, kept in zip(inputs["input_ids"][0], inputs["assistant_masks"][0]) if kept]
+    assert processor.tokenizer.decode(ids).strip() == "An officer.</s>"
+
+
+def test_other_roles_are_refused(processor):
+    with pytest.raises(Exception, match="Roles are system .*got tool"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+# What serving engines use
+
+
+def test_the_interface_of_serving_engines(processor):
+    assert processor.replace_image_token({}, 0) == "<image>" * 16
+    planned = processor._get_num_multimodal_tokens(image_sizes=[(20, 30), (1, 1)])
+    assert planned.num_image_tokens == [16, 16]
+    assert processor.model_input_names == [
+        *processor.tokenizer.model_input_names, "pixel_values", "instruction_input_ids",
+    ]  # fmt: skip
+
+
+# Saving and loading
+
+
+def test_a_save_keeps_everything(processor, tmp_path):
+    changed = EmmaProcessor(
+        EmmaImageProcessor(size=28, crop_size=28, do_pad=False),
+        processor.tokenizer,
+        processor.instruction_tokenizer,
+        image_seq_length=16,
+        instruction_turn="last",
+        chat_template="{{ messages }}",
+    )
+    changed.save_pretrained(tmp_path)
+    again = EmmaProcessor.from_pretrained(tmp_path)
+    assert again.chat_template == "{{ messages }}"
+    assert (again.image_seq_length, again.instruction_length, again.instruction_turn) == (16, 77, "last")
+    assert again.image_processor.to_dict() == changed.image_processor.to_dict()
+    text = "USER: <image>\nWhat’s “this”! ASSISTANT: x</s>"
+    for name, value in changed(images=picture(), text=text, return_tensors="pt").items():
+        assert torch.equal(value, again(images=picture(), text=text, return_tensors="pt")[name])
+    overridden = EmmaProcessor.from_pretrained(tmp_path, instruction_turn="image")
+    assert overridden.instruction_turn == "image"
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    assert config["auto_map"] == {"AutoProcessor": "processing_emma.EmmaProcessor"}
+    assert str(tmp_path) not in json.dumps(config)
+
+
+def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.rmtree(folder / "instruction_tokenizer")
+    with pytest.raises((ValueError, OSError)):
+        EmmaProcessor.from_pretrained(folder)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "Pass `text`, `images` or both: got neither"),
+        ({"text": 3}, "`text` must be a string or a list of at least one string: got int"),
+        ({"text": []}, "at least one string"),
+        ({"text": ["a", 3]}, r"got \['str', 'int'\]"),
+        ({"text": "<image>"}, "prompt 0 holds 1 placeholders and comes with 0 images"),
+        ({"text": "hi", "images": picture()}, r"got 0 placeholders \(per prompt: \[0\]\) and 1 images"),
+        ({"text": ["<image>", "<image>"], "images": [picture()]}, r"got 2 placeholders \(per prompt: \[1, 1\]\) and 1 images"),
+        (
+            {"text": ["<image>", "<image>"], "images": [[picture(), picture()], []]},
+            "prompt 0 holds 1 placeholders and comes with 2 images",
+        ),
+        ({"text": ["<image>"], "images": [[picture()], [picture()]]}, "got 2 lists and 1 prompts"),
+        ({"text": "<image>", "images": picture(), "instructions": ["a", "b"]}, "prompt 0 has 1 images and 2 instructions"),
+        ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"]}, "one entry per prompt: got 1 for 2"),
+        ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"] * 3}, "one entry per prompt: got 3 for 2"),
+        ({"text": "<image>", "images": picture(), "instructions": 3}, "list of lists of strings: got int"),
+        ({"text": "<image>", "images": picture(), "instructions": [3]}, "An instruction must be a string: got int"),
+        ({"text": "hi", "instructions": ["a"]}, "prompt 0 has 0 images and 1 instructions"),
+        ({"text": ["a b c", "a"], "return_tensors": "pt"}, "Prompts of different lengths .* Pass `padding=True`"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)
+
+
+def test_parts_in_the_wrong_place_are_named(processor):
+    parts = processor.image_processor, processor.tokenizer, processor.instruction_tokenizer
+    with pytest.raises(ValueError, match=r"`instruction_tokenizer` must be CLIP's"):
+        EmmaProcessor(parts[0], parts[1], parts[1], image_seq_length=16)
+    with pytest.raises(ValueError, match=r"`tokenizer` must know the placeholder '<image>' as one token"):
+        EmmaProcessor(parts[0], parts[2], parts[2], image_seq_length=16)
+    with pytest.raises(ValueError, match="must be 'image' or 'last': got 'all'"):
+        EmmaProcessor(*parts, instruction_turn="all")
+
+
+def test_unknown_keywords_warn(processor, caplog):
+    with caplog.at_level(logging.WARNING):
+        processor(text="hi", paddding=True)
+    assert "paddding" in caplog.text

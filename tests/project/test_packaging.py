@@ -1,0 +1,68 @@
+"""The wheel, installed alone, is complete."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from emma_hf.model.configuration_emma import HUB_FILES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_answers(converted, photo, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, str(ROOT)], check=True, cwd=tmp_path
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert names >= {f"emma_hf/{name}" for name in (*HUB_FILES, "__init__.py", "cli.py", "conversion.py", "py.typed")}
+    # What `emma-hf train` runs.
+    assert "emma_hf/examples/finetune.py" in names
+    # What `emma-hf export` makes cards and endpoints of.
+    assert names >= {
+        f"emma_hf/{name}" for name in ("MODEL_CARD.md", "docs/architecture.png", "handler.py", "clean_answer.py")
+    }
+    assert "emma_hf/examples/emma-tiny/evaluation.json" in names
+    # What `emma-hf ask` loads by default.
+    assert names >= {f"emma_hf/emma-tiny/{name}" for name in ("config.json", "model.safetensors", "README.md")}
+    assert not any(name.startswith(("tests", "benchmarks")) for name in names)
+
+    # A new environment that sees this one's third-party packages, but not this checkout.
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    python = environment / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "emma_hf" not in path.name and path.suffix != ".pth":
+            (others / path.name).symlink_to(path)
+    Path(site, "others.pth").write_text(f"{others}\n")
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    where = subprocess.run(
+        [python, "-c", "import emma_hf; print(emma_hf.__file__)"],
+        cwd=tmp_path, env=clean, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert where.startswith(str(environment))
+    answer = subprocess.run(
+        [environment / "bin" / "emma-hf", "ask", "--model", converted, "--max-new-tokens", "6", photo, "Who is this?"],
+        cwd=tmp_path, env=clean, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip()
+    usage = subprocess.run(
+        [environment / "bin" / "emma-hf", "train", "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True
+    )
+    assert usage.returncode == 0 and "--projector_learning_rate" in usage.stdout, usage.stderr

@@ -1,0 +1,109 @@
+"""The trained weights that ship with the package."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_python
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from emma_hf import EMMA_TINY, AutoModelForVision2Seq, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.cli import main
+from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.evaluation import answers, fresh_questions, is_right, table
+from emma_hf.tiny.training import tiny_processor
+
+RECORD = Path(__file__).parents[2] / "examples" / "emma-tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = AutoModelForVision2Seq.from_pretrained(EMMA_TINY, dtype="auto").eval()
+    return model, EmmaProcessor.from_pretrained(EMMA_TINY)
+
+
+def test_the_weights_answer_fresh_questions(tiny):
+    # Not the questions of the recorded evaluation, which have another seed.
+    asked = fresh_questions(300, seed=1)
+    said = answers(*tiny, [(scene, question.text) for scene, question in asked])
+    right = [is_right(text, question.answer) for text, (_, question) in zip(said, asked)]
+    recorded = json.loads((RECORD / "evaluation.json").read_text())["accuracy"]["all"]["share"]
+    # Three standard deviations of 300 questions below what 5,000 showed.
+    assert np.mean(right) > recorded - 3 * np.sqrt(recorded * (1 - recorded) / 300)
+
+
+def test_the_question_guides_the_visual_tokens(tiny):
+    model, processor = tiny
+    scene = draw(Scene.random(0))
+    prompts = [f"USER: <image>\n{words} ASSISTANT:" for words in ("How many stars are there?", "Is there a heart?")]
+    inputs = processor(images=[scene] * 2, text=prompts, padding=True, return_tensors="pt").to(dtype=model.dtype)
+    with torch.no_grad():
+        first, second = model.get_image_features(inputs["pixel_values"], inputs["instruction_input_ids"]).pooler_output
+    # By 7%: these weights answer nearly as well with another question's instruction.
+    assert (first - second).abs().max() > 0.05 * first.abs().max()
+
+
+def test_the_command_answers_about_a_drawn_scene(tmp_path, capfd):
+    picture = str(tmp_path / "scene.png")
+    assert main(["tiny", "draw", picture]) == 0
+    assert main(["ask", picture, "How many things are there?"]) == 0
+    assert capfd.readouterr().out.strip() == str(len(Scene.random(0).things))
+
+
+def test_what_ships_is_small_whole_and_data_alone():
+    files = [path for path in EMMA_TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".model", ".txt", ".gz", ".md"}
+    model, info = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype="auto", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {tensor.dtype for tensor in load_file(EMMA_TINY / "model.safetensors").values()} == {torch.bfloat16}
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
+
+
+@pytest.mark.parametrize("trust", ["", ", trust_remote_code=True", ", trust_remote_code=False"])
+def test_the_pipeline_asks_no_question(trust, tmp_path):
+    # An `auto_map` in the packaged folder would name code that is not beside it, and let Transformers ask about it.
+    assert not [path for path in EMMA_TINY.glob("*.json") if "auto_map" in path.read_text()]
+    draw(Scene.random(0)).save(tmp_path / "scene.png")
+    code = f"""
+import emma_hf
+from transformers import pipeline
+pipe = pipeline("image-text-to-text", model=str(emma_hf.EMMA_TINY){trust})
+content = [{{"type": "image", "url": "scene.png"}}, {{"type": "text", "text": "How many things are there?"}}]
+print("ANSWER", pipe(text=[{{"role": "user", "content": content}}], return_full_text=False)[0]["generated_text"])
+"""
+    done = run_python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Nothing else was written there, so nothing was asked.
+    assert done.stdout.split() == ["ANSWER", str(len(Scene.random(0).things))]
+
+
+def test_it_is_asked_as_the_large_model_is(processor, tiny):
+    assert tiny[1].chat_template == processor.chat_template
+
+
+def test_its_tokenizers_are_those_of_the_training(tmp_path, tiny):
+    learned = tiny_processor(tmp_path)
+    for name in ("tokenizer", "instruction_tokenizer"):
+        assert getattr(learned, name).get_vocab() == getattr(tiny[1], name).get_vocab()
+
+
+def test_the_card_says_what_was_measured():
+    card = ModelCard.load(EMMA_TINY / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
+    result = json.loads((RECORD / "evaluation.json").read_text())
+    for line in table(result).splitlines():
+        assert line in card.text.splitlines(), line
+
+
+def test_the_figure_of_the_readme(tmp_path):
+    runpy.run_path(str(RECORD / "figure.py"))["main"]([str(tmp_path / "figure.png")])
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.size == (1100, 700)

@@ -1,0 +1,147 @@
+"""`emma-hf train`, which runs `examples/finetune.py`: every stage learns, and what it saves loads again."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from support.helpers import save_rows
+
+from emma_hf.cli import main
+from emma_hf.data import ConversationDataset, DataCollator
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
+
+
+@pytest.fixture
+def train(trainable, reference, tmp_path):
+    def run(stage: str, *options: str, model: Path = trainable) -> int:
+        rows = save_rows(tmp_path / f"{stage}.json", plain=stage == "pretrain")
+        return main(
+            f"train --stage {stage} --model {model} --train_data {rows} --image_folder {reference / 'images'} "
+            f"--output_dir {tmp_path / 'out'} --global_batch_size 8 --use_cpu --disable_tqdm 1 --save_strategy no".split()
+            + list(options)
+        )
+
+    return run
+
+
+def options(epochs: int, rate: float) -> list[str]:
+    rates = f"--learning_rate {rate} --projector_learning_rate {rate} --num_train_epochs {epochs}"
+    return rates.split()
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("pretrain", options(20, 3e-3)),
+        ("finetune", options(100, 3e-3)),
+        ("lora", [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"]),
+        ("qlora", [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"]),
+    ],
+)
+def test_each_stage_learns_eight_rows(train, tmp_path, stage, more):
+    rows = str(tmp_path / f"{stage}.json")
+    assert train(stage, "--eval_data", rows, "--eval_strategy", "no", *more) == 0
+    out = tmp_path / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    final = json.loads((out / "eval_results.json").read_text())["eval_loss"]
+    assert losses[-1] < losses[0]
+    assert final < (losses[0] if stage == "pretrain" else 0.05)
+    assert (out / "loss.png").stat().st_size > 5000
+    samples = [json.loads(line) for line in (out / "sample_answers.jsonl").read_text().splitlines()]
+    assert len(samples) == 3
+    assert stage == "pretrain" or all(sample["answer"] == sample["expected"] for sample in samples)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "lora"])
+def test_what_a_stage_saves_loads_through_the_auto_classes(train, tmp_path, stage, processor, reference):
+    rows = tmp_path / f"{stage}.json"
+    assert (
+        train(stage, "--eval_data", str(rows), *options(6, 3e-3), "--eval_strategy", "no", "--lora_dropout", "0") == 0
+    )
+    out = tmp_path / "out"
+    folder = out / "merged" if stage == "lora" else out
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    loaded = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    dataset = ConversationDataset(rows, processor, reference / "images")
+    with torch.no_grad():
+        loss = model(**DataCollator(loaded)([dataset[row] for row in range(8)])).loss
+    final = json.loads((out / "eval_results.json").read_text())["eval_loss"]
+    assert abs(loss.item() - final) < 2e-3 * final
+
+
+def test_an_adapter_loads_on_its_base(train, tmp_path, trainable):
+    assert train("lora", *options(4, 3e-3)) == 0
+    out = tmp_path / "out"
+    base = transformers.AutoModelForImageTextToText.from_pretrained(trainable, trust_remote_code=True)
+    adapted = peft.PeftModel.from_pretrained(base, out).merge_and_unload()
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(out / "merged", trust_remote_code=True)
+    expected = dict(merged.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_the_defaults_are_the_authors(tmp_path):
+    parse = runpy.run_path(str(SCRIPT))["parse"]
+    common = ["--model", "m", "--train_data", "d", "--output_dir", str(tmp_path), "--use_cpu"]
+    for stage, rate, projector, rows in (
+        ("pretrain", 1e-3, 1e-3, 256),
+        ("finetune", 2e-5, 2e-5, 128),
+        ("lora", 2e-4, 2e-5, 128),
+    ):
+        script, args = parse([*common, "--stage", stage, "--per_device_train_batch_size", "16"])
+        assert (args.learning_rate, script.projector_learning_rate) == (rate, projector)
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rows
+        assert (args.lr_scheduler_type, args.weight_decay, args.get_warmup_steps(200)) == ("cosine", 0.0, 6)
+        assert (script.lora_r, script.lora_alpha) == (128, 256)
+    script, args = parse([*common, "--gradient-accumulation-steps", "3", "--eval_data", "e", "--learning_rate", "0.5"])
+    assert (args.gradient_accumulation_steps, args.eval_strategy, args.learning_rate) == (3, "epoch", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        ("sft", [], "`stage` must be one of 'pretrain', 'finetune', 'lora', 'qlora': got 'sft'"),
+        ("finetune", ["--train_data", "none.json"], "There is no file of rows at none.json"),
+        ("finetune", ["--global_batch_size", "12"], "must be a multiple of the rows .* got 12 and 8 (1 times 8)"),
+        ("pretrain", ["--image_folder", "."], "of pretrain.json: .*no picture at"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(train, capsys, stage, more, message):
+    assert train(stage, *more) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("emma-hf: ")
+    assert re.search(message.replace("(", r"\(").replace(")", r"\)"), error), error
+
+
+def test_what_is_not_installed_is_told_before_training(train, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train("finetune", *options(1, 1e-4)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'emma-hf: Plots need matplotlib: install it with `pip install "emma-hf[train]"`.'
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_result_can_be_pushed(train, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", lambda self, *args, **kwargs: pushed.append(True))
+    assert train("finetune", "--push-to-hub", *options(1, 1e-4)) == 0
+    assert pushed
+
+
+def test_the_help_names_the_arguments(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "--stage" in text and "--gradient_accumulation_steps" in text

@@ -1,0 +1,174 @@
+"""The trainer: the recorded batch's loss and gradients, rates, order of rows, sample answers and the loss plot."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import GRADIENTS, authors_loss, recorded_inputs, recorded_labels, save_rows
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from emma_hf import EmmaForConditionalGeneration
+from emma_hf.data import ConversationDataset, DataCollator
+from emma_hf.training.trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
+from emma_hf.training import prepare
+
+
+def arguments(folder, **kwargs) -> TrainingArguments:
+    defaults = {"per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    return TrainingArguments(
+        output_dir=str(folder), report_to="none", logging_steps=1, use_cpu=True, **{**defaults, **kwargs}
+    )
+
+
+@pytest.fixture
+def rows(tmp_path, processor, reference):
+    return ConversationDataset(save_rows(tmp_path / "rows.json"), processor, reference / "images")
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.of = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", [Trainer, EmmaTrainer])
+@pytest.mark.parametrize("rows_at_once", [3, 1])
+def test_the_recorded_batch_has_the_recorded_loss_and_gradients(
+    converted, processor, cases, tmp_path, kind, rows_at_once
+):
+    inputs, labels = recorded_inputs(cases, "train"), recorded_labels(cases)
+    items = []
+    for row, length in enumerate(inputs["attention_mask"].sum(-1).tolist()):
+        item = {"input_ids": inputs["input_ids"][row, :length], "labels": labels[row, :length]}
+        item |= {name: inputs[name][row : row + 1] for name in ("pixel_values", "instruction_input_ids")}
+        items.append(item)
+    model = EmmaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
+    gradients = Gradients()
+
+    def over_their_vocabulary(outputs, labels, num_items_in_batch):
+        return authors_loss(outputs.logits, labels) * (labels != -100).sum() / num_items_in_batch
+
+    trainer = kind(
+        model=model,
+        # Rows one by one, accumulated, are the same batch.
+        args=arguments(
+            tmp_path,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=3 // rows_at_once,
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+        ),
+        train_dataset=items,
+        data_collator=DataCollator(processor),
+        compute_loss_func=over_their_vocabulary,
+        callbacks=[gradients],
+    )
+    assert abs(trainer.train().training_loss - cases["train.loss"].item()) < 1e-4
+    for theirs, ours in GRADIENTS.items():
+        expected = cases[f"train.grad|{theirs}"]
+        actual = gradients.of[ours][: expected.shape[0]]
+        assert (actual - expected).norm() <= 1e-3 * expected.norm(), theirs
+
+
+def test_the_optimizer_has_both_rates_and_decays_no_bias(trainable, processor, rows, tmp_path):
+    model = prepare(EmmaForConditionalGeneration.from_pretrained(trainable), "finetune")
+    args = arguments(tmp_path, learning_rate=1e-3, weight_decay=0.1)
+    trainer = EmmaTrainer(model=model, args=args, train_dataset=rows, projector_learning_rate=1e-4)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = trainer.create_optimizer()
+    seen = {}
+    for group in optimizer.param_groups:
+        seen.update({names[id(parameter)]: (group["lr"], group["weight_decay"]) for parameter in group["params"]})
+    assert set(seen) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert seen["model.multi_modal_projector.linear_1.weight"] == (1e-4, 0.1)
+    assert seen["model.modality_adaptation.visual_alignment.bias"] == (1e-4, 0.0)
+    assert seen["lm_head.weight"] == (1e-3, 0.1)
+    assert seen["model.language_model.norm.weight"] == (1e-3, 0.0)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert EmmaTrainer(model=model, args=args).create_optimizer().param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(("pictures", "texts"), [(40, 24), (37, 18), (0, 9), (3, 0), (1, 1)])
+def test_batches_have_one_modality_and_every_row_comes_once(pictures, texts):
+    generator = np.random.default_rng(0)
+    lengths = np.concatenate([generator.integers(5, 200, pictures), -generator.integers(5, 200, texts)])
+    generator.shuffle(lengths)
+    sampler = ModalityLengthSampler(lengths, batch_size=8, seed=3)
+    order = list(sampler)
+    assert len(sampler) == len(order) and sorted(order) == list(range(len(lengths)))
+    mixed = [len(set(np.sign(lengths[order[start : start + 8]]))) > 1 for start in range(0, len(order), 8)]
+    # What fills no batch comes last.
+    assert not any(mixed[: pictures // 8 + texts // 8])
+    assert order == list(ModalityLengthSampler(lengths, 8, seed=3))
+    sampler.set_epoch(1)
+    assert len(lengths) < 4 or list(sampler) != order
+
+
+def test_batches_have_similar_lengths():
+    lengths = np.random.default_rng(0).integers(1, 1000, 4000)
+    order = list(ModalityLengthSampler(lengths, batch_size=16))
+    spread = np.ptp(lengths[np.reshape(order, (-1, 16))], axis=1).mean()
+    assert spread < 0.1 * np.ptp(lengths)
+
+
+def test_the_trainer_groups_rows_of_all_accumulated_steps(trainable, rows, tmp_path):
+    model = prepare(EmmaForConditionalGeneration.from_pretrained(trainable), "pretrain")
+    args = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, seed=7)
+    sampler = EmmaTrainer(model=model, args=args, train_dataset=rows)._get_train_sampler()
+    assert isinstance(sampler, ModalityLengthSampler)
+    assert (sampler.batch_size, sampler.seed) == (4, 7)
+    plain = EmmaTrainer(model=model, args=args, train_dataset=rows, group_by_modality=False)._get_train_sampler()
+    assert isinstance(plain, torch.utils.data.RandomSampler)
+
+
+def test_sample_answers_are_what_generate_says(trainable, processor, rows, tmp_path):
+    model = EmmaForConditionalGeneration.from_pretrained(trainable).train()
+    args = arguments(tmp_path, per_device_eval_batch_size=4, prediction_loss_only=True)
+    trainer = EmmaTrainer(
+        model=model, args=args, eval_dataset=rows, data_collator=DataCollator(processor), processing_class=processor
+    )
+    trainer.add_callback(SampleAnswers(rows, processor, rows=9, max_new_tokens=5))
+    for _ in range(2):
+        trainer.evaluate()
+    # The second evaluation of a step answers nothing anew.
+    samples = [json.loads(line) for line in (tmp_path / "sample_answers.jsonl").read_text().splitlines()]
+    assert [sample["row"] for sample in samples] == list(range(8))
+    assert [sample["step"] for sample in samples] == [0] * 8
+    assert samples[0]["expected"] == "It is photo." and samples[7]["expected"] == "Good morning."
+    for row, text in ((0, "USER: <image>\nWhat is picture 0? ASSISTANT:"), (7, "USER: Hello there ASSISTANT:")):
+        _conversation, pictures = rows.conversation(row)
+        system = (
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. "
+        )
+        inputs = processor(images=pictures or None, text=system + text, return_tensors="pt")
+        tokens = model.eval().generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert samples[row]["answer"] == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_what_was_skipped_is_reported_at_the_end(trainable, processor, reference, tmp_path, caplog):
+    path = save_rows(tmp_path / "rows.json")
+    path.write_text(path.read_text().replace("wide.png", "gone.png"))
+    rows = ConversationDataset(path, processor, reference / "images", on_error="skip")
+    model = prepare(EmmaForConditionalGeneration.from_pretrained(trainable), "finetune")
+    trainer = EmmaTrainer(
+        model=model, args=arguments(tmp_path / "out"), train_dataset=rows, data_collator=DataCollator(processor)
+    )
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    trainer.train()
+    logger.removeHandler(caplog.handler)
+    assert "1 of 8 rows were skipped:\nRow 5 of rows.json: " in caplog.text and "gone.png" in caplog.text
+
+
+def test_the_loss_is_drawn(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "grad_norm": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    plot_loss(history, tmp_path / "loss.png")
+    picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3).astype(int)
+    # Both curves are there, in matplotlib's first two colours.
+    for colour in ((31, 119, 180), (255, 127, 14)):
+        assert (np.abs(picture - colour).sum(-1) < 10).sum() > 100
+    with pytest.raises(ValueError, match="There is no loss to draw"):
+        plot_loss([{"step": 1, "train_runtime": 2.0}], tmp_path / "none.png")
