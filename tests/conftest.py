@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from support.helpers import save_trainable
 from safetensors.torch import load_file
+from support.helpers import save_trainable
 
 import emma_hf
 from emma_hf.conversion import convert

@@ -20,8 +20,8 @@ except ImportError:
     AutoModelForVision2Seq = AutoModelForImageTextToText
 
 __version__ = "0.1.0"
-# Folder of the trained model that ships with the package: it answers questions about the pictures of `emma_hf.tiny.scenes`.
-EMMA_TINY = Path(__file__).parent / "emma-tiny"
+# Folder of the trained model that ships with the package: it answers questions about the pictures of `emma_hf.tiny`.
+EMMA_TINY = Path(__file__).parent / "tiny" / "emma-tiny"
 
 AutoConfig.register(EmmaConfig.model_type, EmmaConfig)
 AutoModel.register(EmmaConfig, EmmaModel)

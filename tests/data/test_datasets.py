@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 import torch
-from support.helpers import IMAGE_TOKENS
 from PIL import Image
+from support.helpers import IMAGE_TOKENS
 
 from emma_hf.data import ChatDataset, ConversationDataset, DataCollator, encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction

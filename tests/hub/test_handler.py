@@ -5,12 +5,12 @@ import io
 import json
 
 import pytest
-from support.helpers import run_python
 from PIL import Image
+from support.helpers import run_python
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.hub.template.handler import PARAMETERS, EndpointHandler
 from emma_hf.hub import export
+from emma_hf.hub.template.handler import PARAMETERS, EndpointHandler
 from emma_hf.tiny.scenes import Scene, draw
 
 QUESTION = "How many things are there?"

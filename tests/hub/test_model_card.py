@@ -6,10 +6,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-from support.helpers import tiny_config
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
+from support.helpers import tiny_config
 
 from emma_hf import EMMA_TINY, EmmaConfig
 from emma_hf.hub.model_card import check_card, is_released_shape, measured, model_card, packaged

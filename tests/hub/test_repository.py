@@ -12,17 +12,17 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from support.helpers import run_python
-from support.hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from support.helpers import run_python
+from support.hub_server import HubServer
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.storage.tensors import read_checkpoint
 from emma_hf.cli import main
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
 from emma_hf.hub.repository import REQUIREMENTS, export, push
 from emma_hf.hub.verification import MANIFEST_NAME, REQUIRED_FILES, _card, check, files_of, manifest_of, read_manifest
+from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+from emma_hf.storage.tensors import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 NAME = "org/emma-tiny"

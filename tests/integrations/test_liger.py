@@ -18,8 +18,8 @@ from transformers.models.llama import modeling_llama
 
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.integrations.liger import apply_liger_kernel_to_emma, register_with_liger
-from emma_hf.training.trainer import EmmaTrainer
 from emma_hf.training import prepare
+from emma_hf.training.trainer import EmmaTrainer
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -48,7 +48,9 @@ def test_pictures_that_a_cache_holds_take_no_instruction():
 
 def test_without_vllm_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=re.escape("`emma_hf.integrations.vllm_plugin` is for vLLM, which cannot be imported")):
+    with pytest.raises(
+        ImportError, match=re.escape("`emma_hf.integrations.vllm_plugin` is for vLLM, which cannot be imported")
+    ):
         register()
 
 

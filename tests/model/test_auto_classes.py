@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from support.helpers import run_python, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
+from support.helpers import run_python, tiny_inputs, tiny_model
 
 import emma_hf
 from emma_hf import EmmaForConditionalGeneration

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from support.helpers import run_processes, tiny_inputs, tiny_model
 from safetensors import safe_open
+from support.helpers import run_processes, tiny_inputs, tiny_model
 
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.training import prepare

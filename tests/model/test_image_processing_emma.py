@@ -12,9 +12,9 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from support.helpers import run_python
 from PIL import Image
 from safetensors.numpy import load_file
+from support.helpers import run_python
 
 from emma_hf import EmmaImageProcessor
 from emma_hf.model.image_processing_emma import _pad_and_resize

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from emma_hf.model import instruction_emma
 from emma_hf.model.instruction_emma import (
     PLACEHOLDER_ESCAPE,
@@ -21,7 +22,6 @@ from emma_hf.model.instruction_emma import (
     training_instruction,
     unmark_control_tokens,
 )
-from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 
 SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
 

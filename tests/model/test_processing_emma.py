@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.helpers import IMAGE_TOKENS, recorded_inputs
 from PIL import Image
+from support.helpers import IMAGE_TOKENS, recorded_inputs
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction

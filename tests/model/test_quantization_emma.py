@@ -10,13 +10,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.model import quantization_emma
 from emma_hf.cli import main
-from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.conversion import convert
+from emma_hf.model import quantization_emma
+from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.quantization_emma import NOT_QUANTIZED, bitsandbytes_config
-from emma_hf.tiny.scenes import Scene, draw
 from emma_hf.tiny.evaluation import answers
+from emma_hf.tiny.scenes import Scene, draw
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

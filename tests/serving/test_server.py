@@ -64,8 +64,8 @@ with contextlib.suppress(ImportError):
     import openai
     import uvicorn
 
-    from emma_hf.serving.server import build_app, listen
     from emma_hf.serving.requests import Limits
+    from emma_hf.serving.server import build_app, listen
 
 serving = pytest.mark.skipif(
     "emma_hf.serving.server" not in sys.modules, reason='needs Transformers 5 and `pip install "emma-hf[serve]"`'

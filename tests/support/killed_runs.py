@@ -20,9 +20,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
-from emma_hf.training.checkpoints import CrashSafety
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training import prepare
+from emma_hf.training.checkpoints import CrashSafety
 
 
 class Began(TrainerCallback):

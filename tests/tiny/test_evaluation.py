@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emma_hf.tiny.scenes import FAMILIES, HELD_OUT_PAIRS, Question, Scene, Thing
 from emma_hf.tiny.evaluation import (
     accuracy,
     fresh_questions,
@@ -19,6 +18,7 @@ from emma_hf.tiny.evaluation import (
     yes_no,
 )
 from emma_hf.tiny.rows import CLIP_SEEDS, TEST_SEEDS, TRAIN_SEEDS
+from emma_hf.tiny.scenes import FAMILIES, HELD_OUT_PAIRS, Question, Scene, Thing
 
 
 def thing(colour: str, shape: str) -> Thing:

@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import torch
 
-from emma_hf.tiny import rows as tiny_rows
 from emma_hf.data import encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction
-from emma_hf.tiny.scenes import ENDING, EXERCISES, FAMILIES, caption, draw
+from emma_hf.tiny import rows as tiny_rows
 from emma_hf.tiny.rows import TRAINED_FAMILIES, Rows, SideBySide, training_scene, vision_features
+from emma_hf.tiny.scenes import ENDING, EXERCISES, FAMILIES, caption, draw
 
 
 def check_unshown(item, turns, tokenizer) -> int:

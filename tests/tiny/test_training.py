@@ -13,8 +13,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.cli import main
 from emma_hf.model.instruction_emma import encode_instruction
-from emma_hf.tiny.scenes import ENDING, SHAPES, Scene, draw
 from emma_hf.tiny.rows import Rows, SideBySide
+from emma_hf.tiny.scenes import ENDING, SHAPES, Scene, draw
 from emma_hf.tiny.training import (
     SMOKE,
     Captioned,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from emma_hf import EMMA_TINY, AutoModelForVision2Seq, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
-from emma_hf.tiny.scenes import Scene, draw
 from emma_hf.tiny.evaluation import answers, fresh_questions, is_right, table
+from emma_hf.tiny.scenes import Scene, draw
 from emma_hf.tiny.training import tiny_processor
 
 RECORD = Path(__file__).parents[2] / "examples" / "emma-tiny"

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import OFFLINE, save_rows
 from safetensors.torch import load_file
+from support.helpers import OFFLINE, save_rows
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from emma_hf import EmmaForConditionalGeneration
-from emma_hf.training.checkpoints import CrashSafety, incomplete_checkpoints, last_complete_checkpoint
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training import prepare
+from emma_hf.training.checkpoints import CrashSafety, incomplete_checkpoints, last_complete_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "support" / "killed_runs.py"
 

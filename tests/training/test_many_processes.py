@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.helpers import OFFLINE, run_processes, save_rows
 from safetensors.torch import load_file
+from support.helpers import OFFLINE, run_processes, save_rows
 
 from emma_hf.model.compat_emma import TRANSFORMERS_5
-from emma_hf.training.checkpoints import incomplete_checkpoints
 from emma_hf.model.modeling_emma import EmmaForConditionalGeneration
+from emma_hf.training.checkpoints import incomplete_checkpoints
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARDED = Path(__file__).parents[1] / "support" / "sharded_run.py"

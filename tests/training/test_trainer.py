@@ -6,14 +6,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from support.helpers import GRADIENTS, authors_loss, recorded_inputs, recorded_labels, save_rows
 from PIL import Image
+from support.helpers import GRADIENTS, authors_loss, recorded_inputs, recorded_labels, save_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
-from emma_hf.training.trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
 from emma_hf.training import prepare
+from emma_hf.training.trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
 
 
 def arguments(folder, **kwargs) -> TrainingArguments:

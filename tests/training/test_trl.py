@@ -7,8 +7,8 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from emma_hf import EmmaForConditionalGeneration
-from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.data import ChatDataset
+from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.instruction_emma import encode_instruction
 from emma_hf.training.stages import FUSION_MODULES, prepare
 

@@ -212,8 +212,8 @@ def _push(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     from ..model.processing_emma import EmmaProcessor
-    from ..serving.server import listen, serve
     from ..serving.requests import Limits
+    from ..serving.server import listen, serve
 
     if args.max_megabytes <= 0 or args.max_megapixels <= 0:
         raise ValueError(
@@ -233,7 +233,7 @@ def _train(args: argparse.Namespace) -> None:
     import runpy
 
     # In an installed package the examples lie inside it, in a clone beside the sources.
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     scripts = [folder / "examples" / "finetune.py" for folder in (here, here.parents[1])]
     runpy.run_path(str(next(filter(Path.is_file, scripts))))["main"](args.arguments)
 

@@ -19,6 +19,12 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ..model.compat_emma import nested_tower_name
+from ..model.configuration_emma import EmmaConfig
+from ..model.image_processing_emma import EmmaImageProcessor
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+from ..model.quantization_emma import bitsandbytes_config
 from ..storage.tensors import (
     StoredTensor,
     cast,
@@ -32,13 +38,7 @@ from ..storage.tensors import (
     write_safetensors,
     write_shards,
 )
-from ..model.compat_emma import nested_tower_name
-from ..model.configuration_emma import EmmaConfig
-from ..model.image_processing_emma import EmmaImageProcessor
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer, write_merges
-from ..model.modeling_emma import EmmaForConditionalGeneration
-from ..model.processing_emma import EmmaProcessor
-from ..model.quantization_emma import bitsandbytes_config
 
 DEFAULT_SOURCE = "saraghznfri/emma-7b"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"

@@ -26,7 +26,7 @@ def packaged(name: str) -> Path:
     Raises:
         FileNotFoundError: it is in neither place.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     for folder in (here, here.parents[1]):
         if (folder / name).is_file():
             return folder / name

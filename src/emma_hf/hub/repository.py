@@ -20,9 +20,12 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from .. import EMMA_TINY
-from ..storage.tensors import parse_size, read_checkpoint, write_shards
-from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
 from ..conversion.converter import generation_config, new_folder
+from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+from ..storage.tensors import parse_size, read_checkpoint, write_shards
+from .model_card import CARD_NAME, check_card, model_card, packaged
 from .verification import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -38,9 +41,6 @@ from .verification import (
     sha256_of,
     size_of,
 )
-from .model_card import CARD_NAME, check_card, model_card, packaged
-from ..model.modeling_emma import EmmaForConditionalGeneration
-from ..model.processing_emma import EmmaProcessor
 
 # For Inference Endpoints, which bring torch: what handler.py and the code files need besides.
 REQUIREMENTS = ("transformers>=4.57.6,<5.25", "pillow>=11", "ftfy>=6.3")
@@ -98,7 +98,7 @@ def export(
         _write_generation_config(source, target, config)
         if (source / "tokenizer.model").is_file():
             _copy(source, "tokenizer.model", target, cache)
-        shutil.copyfile(Path(__file__).with_name("handler.py"), target / "handler.py")
+        shutil.copyfile(Path(__file__).parent / "template" / "handler.py", target / "handler.py")
         (target / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
 
         if ships:

@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..storage.tensors import read_checkpoint
 from ..model.configuration_emma import AUTO_MAP, HUB_FILES
+from ..storage.tensors import read_checkpoint
 
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -361,8 +361,9 @@ def _card(folder: Path) -> tuple[str, str]:
 
 def _foreign_code(folder: Path) -> list[str]:
     """The Python files of a folder that differ from this package's, those that are missing left out."""
-    here = Path(__file__).parent
-    own = {name: here / name for name in (*HUB_FILES, "handler.py")}
+    room = Path(__file__).parent
+    own = {name: room.parent / "model" / name for name in HUB_FILES}
+    own["handler.py"] = room / "template" / "handler.py"
     return [
         name
         for name in files_of(folder)
@@ -371,7 +372,7 @@ def _foreign_code(folder: Path) -> list[str]:
 
 
 def _check_answer(report: Report, source: str, revision: str | None) -> None:
-    script = Path(__file__).with_name("clean_answer.py")
+    script = Path(__file__).with_name("answer_without_package.py")
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(place) / "modules")}
         command = [sys.executable, "-P", str(script), source, *([revision] if revision else [])]

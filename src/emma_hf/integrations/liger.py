@@ -85,7 +85,7 @@ def register_with_liger() -> None:
     """Let Liger know EMMA, so that `TrainingArguments(use_liger_kernel=True)` applies the kernels in any `Trainer`.
 
     Without it Liger does nothing for a model type that it does not know, and says so only in its log.
-    [`~emma_hf.training.trainer.EmmaTrainer`] calls it.
+    [`~emma_hf.training.EmmaTrainer`] calls it.
 
     Raises:
         ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.

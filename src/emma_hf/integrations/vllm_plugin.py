@@ -21,8 +21,8 @@ def register() -> None:
         from vllm import ModelRegistry
     except ImportError as error:
         raise ImportError(
-            f"`emma_hf.integrations.vllm_plugin` is for vLLM, which cannot be imported here: {error}. Install vLLM as its "
-            "documentation says for your device."
+            f"`emma_hf.integrations.vllm_plugin` is for vLLM, which cannot be imported here: {error}. Install vLLM as "
+            "its documentation says for your device."
         ) from error
     # By name: the class may only be imported where the engine has chosen its device.
     ModelRegistry.register_model("EmmaForConditionalGeneration", "emma_hf.integrations.vllm_model:EmmaForVllm")

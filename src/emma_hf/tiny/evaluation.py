@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
-from .rows import TEST_SEEDS
 from ..training.trainer import figure_class
+from .rows import TEST_SEEDS
+from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
 
 # Questions of one evaluation have seeds of their own, up to so many.
 MOST_QUESTIONS = 10_000_000

@@ -1,6 +1,6 @@
 """emma-tiny from nothing: its tokenizers, a small CLIP, and EMMA's two stages on top of it.
 
-Everything is learned from [`emma_hf.tiny.scenes`]. Each phase leaves its result in the output folder and is skipped where it
+Everything is learned from [`emma_hf.tiny`]. Each phase leaves its result in the output folder and is skipped where it
 has one; a phase that was killed goes on from its last complete checkpoint.
 """
 
@@ -27,21 +27,21 @@ from transformers import (
     set_seed,
 )
 
+from ..conversion.converter import generation_config, prompt_tokenizer
+from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from ..data.datasets import IGNORED, SYSTEM
 from ..model.compat_emma import WARMUP_SHARE, core_of
 from ..model.configuration_emma import EmmaConfig
-from ..conversion.converter import generation_config, prompt_tokenizer
-from ..training.checkpoints import CrashSafety, last_complete_checkpoint
-from ..data.datasets import IGNORED, SYSTEM
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.instruction_emma import encode_instruction
-from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
-from .muon import MuonWithAdamW
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from .scenes import Chance, Scene, caption, caption_question, close_up, draw, questions, reshaped, siblings
-from .rows import CLIP_SEEDS, TRAIN_SEEDS, Rows, SideBySide, vision_features
-from ..training.trainer import EmmaTrainer, figure_class, plot_loss
+from ..training.checkpoints import CrashSafety, last_complete_checkpoint
 from ..training.stages import prepare
+from ..training.trainer import EmmaTrainer, figure_class, plot_loss
+from .muon import MuonWithAdamW
+from .rows import CLIP_SEEDS, TRAIN_SEEDS, Rows, SideBySide, vision_features
+from .scenes import Chance, Scene, caption, caption_question, close_up, draw, questions, reshaped, siblings
 
 SIDE, PATCH = 112, 14
 VISUAL_TOKENS = (SIDE // PATCH) ** 2

@@ -26,7 +26,7 @@ class Stage:
         learning_rate: of the language model or its adapter; in `pretrain` of all that is trained.
         projector_learning_rate: of projector and modality adaptation.
         batch_size: rows in a step, over all processes and accumulated steps.
-        template: of [`~emma_hf.data.datasets.ConversationDataset`].
+        template: of [`~emma_hf.data.ConversationDataset`].
     """
 
     learning_rate: float
@@ -132,7 +132,7 @@ def _with_adapter(
     if outside:
         raise ValueError(
             f"`lora_targets` must match the language model only, since CLIP stays frozen: {targets!r} also matches "
-            f"{outside[0]!r} and {len(outside) - 1} more. Use `emma_hf.training.stages.LORA_TARGETS`."
+            f"{outside[0]!r} and {len(outside) - 1} more. Use `emma_hf.training.LORA_TARGETS`."
         )
     config = LoraConfig(
         r=rank,
@@ -191,5 +191,5 @@ def parameter_groups(
             rate = projector_learning_rate if is_fusion(name) else learning_rate
             groups.setdefault((rate, weight_decay if decays(name) else 0.0), []).append(parameter)
     if not groups:
-        raise ValueError("No weight of this model is trained. Call `emma_hf.training.stages.prepare(model, stage)` first.")
+        raise ValueError("No weight of this model is trained. Call `emma_hf.training.prepare(model, stage)` first.")
     return [{"params": values, "lr": rate, "weight_decay": decay} for (rate, decay), values in groups.items()]

@@ -65,8 +65,9 @@ class ModalityLengthSampler(Sampler[int]):
 class EmmaTrainer(Trainer):
     """`Trainer` with a rate of its own for projector and modality adaptation, and batches of one modality.
 
-    `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.integrations.liger`]). Everything else is `Trainer`, which trains EMMA
-    as well where none of these is wanted. At the end it tells which rows a dataset with `on_error="skip"` left out.
+    `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.integrations.liger`]). Everything else is `Trainer`,
+    which trains EMMA as well where none of these is wanted. At the end it tells which rows a dataset with
+    `on_error="skip"` left out.
 
     Args:
         projector_learning_rate: of projector and modality adaptation. Default: `args.learning_rate`.
@@ -92,7 +93,7 @@ class EmmaTrainer(Trainer):
         self.add_callback(_ReportSkipped(self))
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with the groups of [`emma_hf.training.stages.parameter_groups`]."""
+        """The optimizer that the arguments name, with the groups of [`emma_hf.training.parameter_groups`]."""
         if self.optimizer is None:
             model = args[0] if args and args[0] is not None else self.model
             rate = self.args.learning_rate
@@ -134,7 +135,7 @@ class SampleAnswers(TrainerCallback):
     The answers stand in the log, and with what was expected in `sample_answers.jsonl` in the output folder.
 
     Args:
-        dataset: rows to answer, a [`~emma_hf.data.datasets.ConversationDataset`] or [`~emma_hf.data.datasets.ChatDataset`].
+        dataset: rows to answer, a [`~emma_hf.data.ConversationDataset`] or [`~emma_hf.data.ChatDataset`].
         processor: reads the answers.
         rows: how many, the first of the dataset.
         max_new_tokens: longest answer, in tokens.
