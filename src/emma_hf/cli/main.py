@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import EMMA_TINY, __version__
+from ..model.errors_emma import EmmaError
 
 MODEL_HELP = "folder or Hub id (default: emma-tiny, which knows drawn shapes)"
 IMAGE_HELP = "path, URL, data URL, or - for standard input"
@@ -172,11 +173,11 @@ def _convert(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"dtype": args.dtype, "max_shard_size": args.max_shard_size}
     if args.reverse:
         if args.source is None:
-            raise ValueError("`--reverse` needs a SOURCE, a folder or Hub id of a converted model: got none.")
+            raise EmmaError("`--reverse` needs a SOURCE, a folder or Hub id of a converted model: got none.")
         if args.clip is not None:
-            raise ValueError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
+            raise EmmaError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
         if args.quantization is not None:
-            raise ValueError("The authors' layout has no quantized form: drop `--quantization` or `--reverse`.")
+            raise EmmaError("The authors' layout has no quantized form: drop `--quantization` or `--reverse`.")
         reverse(args.source, args.output, **options)
     else:
         source = args.source or DEFAULT_SOURCE
@@ -189,16 +190,16 @@ def _export(args: argparse.Namespace) -> None:
         from ..hub.verification import check
 
         if args.folder is not None:
-            raise ValueError(f"`--check` takes MODEL alone and writes nothing: got {args.folder!r} besides. Drop it.")
+            raise EmmaError(f"`--check` takes MODEL alone and writes nothing: got {args.folder!r} besides. Drop it.")
         report = check(args.model, args.revision, trust_remote_code=args.trust_remote_code)
         print(report.table(), end="")
         if report.wrong:
-            raise ValueError(f"{args.model}: {len(report.wrong)} of {len(report.rows)} checks failed; see the table.")
+            raise EmmaError(f"{args.model}: {len(report.wrong)} of {len(report.rows)} checks failed; see the table.")
         return
     from ..hub.repository import export
 
     if args.folder is None or args.revision is not None or args.trust_remote_code:
-        raise ValueError("`export` takes MODEL FOLDER; `--revision` and `--trust-remote-code` belong to `--check`.")
+        raise EmmaError("`export` takes MODEL FOLDER; `--revision` and `--trust-remote-code` belong to `--check`.")
     export(args.model, args.folder, args.repo_id, args.example, args.evaluation, args.max_shard_size)
     print(f"wrote {args.folder}", file=sys.stderr)
 
@@ -216,7 +217,7 @@ def _serve(args: argparse.Namespace) -> None:
     from ..serving.server import listen, serve
 
     if args.max_megabytes <= 0 or args.max_megapixels <= 0:
-        raise ValueError(
+        raise EmmaError(
             f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "
             f"{args.max_megapixels:g}."
         )
@@ -242,7 +243,7 @@ def _draw_scene(args: argparse.Namespace) -> None:
     from ..tiny.scenes import Scene, caption, draw
 
     if args.side < 16:
-        raise ValueError(f"`--side` must be at least 16 pixels: got {args.side}.")
+        raise EmmaError(f"`--side` must be at least 16 pixels: got {args.side}.")
     scene = Scene.random(args.seed)
     draw(scene, args.side).save(args.output)
     print(f"wrote {args.output}: {caption(scene)}", file=sys.stderr)
@@ -259,7 +260,7 @@ def _evaluate_tiny(args: argparse.Namespace) -> None:
     from ..tiny.evaluation import evaluate_tiny, table
 
     if args.questions < 1 or args.captions < 0:
-        raise ValueError(
+        raise EmmaError(
             f"`--questions` must be at least 1 and `--captions` at least 0: got {args.questions} and {args.captions}."
         )
     result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output)
@@ -270,7 +271,7 @@ def _ask(args: argparse.Namespace) -> None:
     *first, question = args.inputs
     images = [*first, *args.image]
     if len(first) > 1 or not images:
-        raise ValueError(
+        raise EmmaError(
             f"`ask` takes IMAGE QUESTION, and one `--image` for each further picture: got {len(args.inputs)} words "
             f"and {len(args.image)} `--image`. Quote the question."
         )
@@ -284,7 +285,7 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     if "-" in args.image:
-        raise ValueError("`chat` reads what you say from standard input, so no picture can come from there: got `-`.")
+        raise EmmaError("`chat` reads what you say from standard input, so no picture can come from there: got `-`.")
     chat = _Chat(args, list(args.image))
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
@@ -299,12 +300,12 @@ def _device(args: argparse.Namespace) -> str:
     import torch
 
     if args.dtype not in ("auto", "float32", "float16", "bfloat16"):
-        raise ValueError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
+        raise EmmaError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
+        raise EmmaError(f"`--device` must be a device of this machine: got {device!r} ({error}).") from error
     return device
 
 
@@ -331,7 +332,7 @@ class _Chat:
         from ..model.processing_emma import EmmaProcessor
 
         if args.max_new_tokens < 1:
-            raise ValueError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
+            raise EmmaError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
         device = _device(args)
         self.args = args
         self.start_over()

@@ -21,6 +21,7 @@ from transformers import (
 
 from ..model.compat_emma import nested_tower_name
 from ..model.configuration_emma import EmmaConfig
+from ..model.errors_emma import EmmaError
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -122,9 +123,9 @@ def convert(
             `output` in the meantime.
 
     Raises:
-        ValueError: unknown or missing weights, damaged files, a variant that cannot run, an `output` that exists.
+        EmmaError: unknown or missing weights, damaged files, a variant that cannot run, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
-        ImportError: with `quantization`, bitsandbytes is missing or too old.
+        MissingPackageError: with `quantization`, bitsandbytes is missing or too old.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is not None:
@@ -182,7 +183,7 @@ def reverse(
         progress: show a progress bar.
 
     Raises:
-        ValueError: not a model of this package, damaged files, an `output` that exists.
+        EmmaError: not a model of this package, damaged files, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
@@ -190,7 +191,7 @@ def reverse(
         source = _fetch(source)
         values = _read_json(source / "config.json")
         if values.get("model_type") != EmmaConfig.model_type:
-            raise ValueError(
+            raise EmmaError(
                 f"`--reverse` starts from a model of this package (model_type 'emma'): {source} has "
                 f"{values.get('model_type')!r}."
             )
@@ -203,7 +204,7 @@ def reverse(
         stored = {name: cast(tensor, dtype) for name, tensor in stored.items()}
         last = config.text_config.vocab_size - 1
         if config.image_token_index != last:
-            raise ValueError(
+            raise EmmaError(
                 f"The row of `<image>` must be the vocabulary's last, {last}, to be taken off again: got "
                 f"{config.image_token_index}."
             )
@@ -230,16 +231,16 @@ def config_from_authors(authors: dict[str, Any], clip: CLIPConfig) -> EmmaConfig
     A key that the released config lacks has its released value (v1, `cls_patch`, -2).
 
     Raises:
-        ValueError: a variant that cannot run here or in the authors' code.
+        EmmaError: a variant that cannot run here or in the authors' code.
     """
     version = authors.get("encoder_version") or "v1"
     if version not in ("v1", "v3"):
-        raise ValueError(
+        raise EmmaError(
             f"`encoder_version` must be v1 or v3: got {version!r}. "
             + ("v2 cannot run in the authors' own code." if version == "v2" else "The authors' code knows no other.")
         )
     if authors.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-        raise ValueError(f"`mm_projector_type` must be 'mlp2x_gelu': got {authors['mm_projector_type']!r}.")
+        raise EmmaError(f"`mm_projector_type` must be 'mlp2x_gelu': got {authors['mm_projector_type']!r}.")
     return EmmaConfig(
         vision_config=clip.vision_config,
         instruction_config=clip.text_config,
@@ -259,7 +260,7 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
     text = config.text_config
     language_models = {ours: theirs for theirs, ours in reversed(LANGUAGE_MODELS.items())}
     if text.model_type not in language_models:
-        raise ValueError(
+        raise EmmaError(
             f"The authors' code knows the language models {sorted(language_models)}: got {text.model_type!r}."
         )
     values = {name: value for name, value in text.to_dict().items() if name in _text_config_keys(text.model_type)}
@@ -299,7 +300,7 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
 def _text_config(authors: dict[str, Any]) -> PretrainedConfig:
     model_type = authors.get("model_type")
     if model_type not in LANGUAGE_MODELS:
-        raise ValueError(
+        raise EmmaError(
             f"The authors' config must have a model_type of {sorted(LANGUAGE_MODELS)}: got {model_type!r}. Is SOURCE a "
             "checkpoint of the authors' code?"
         )
@@ -319,7 +320,7 @@ def _text_config_keys(model_type: str) -> set[str]:
 def _choice(authors: dict[str, Any], key: str, released: str, choices: dict[str, str]) -> str:
     value = authors.get(key) or released
     if value not in choices:
-        raise ValueError(f"`{key}` must be one of {sorted(choices)}: got {value!r}.")
+        raise EmmaError(f"`{key}` must be one of {sorted(choices)}: got {value!r}.")
     return choices[value]
 
 
@@ -336,7 +337,7 @@ def _renamed(
     for name, tensor in tensors.items():
         rule = next(((pattern, new) for pattern, new in rules if re.fullmatch(pattern, name)), None)
         if rule is None:
-            raise ValueError(
+            raise EmmaError(
                 f"{folder} holds a weight that no key table knows: {name!r}. Is it a checkpoint of the authors' code?"
             )
         if rule[1] is not None:
@@ -378,13 +379,13 @@ def _checked(tensors: dict[str, StoredTensor], config: EmmaConfig, folder: Path)
         tensors.pop(HEAD, None)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
+        raise EmmaError(f"{folder} lacks {len(missing)} weights of the model, first {missing[0]!r}.")
     foreign = sorted(set(tensors) - set(expected))
     if foreign:
-        raise ValueError(f"{folder} holds {len(foreign)} weights that the model has not, first {foreign[0]!r}.")
+        raise EmmaError(f"{folder} holds {len(foreign)} weights that the model has not, first {foreign[0]!r}.")
     for name, value in expected.items():
         if tuple(value.shape) != tensors[name].shape:
-            raise ValueError(
+            raise EmmaError(
                 f"The config and the weights disagree: by the config {name!r} has shape {tuple(value.shape)}, in the "
                 f"file {tensors[name].shape}. Is this the CLIP, and the config, of this checkpoint?"
             )
@@ -436,7 +437,7 @@ def prompt_tokenizer(source: Path, authors: dict[str, Any], rows: int) -> Any:
     tokenizer.add_tokens([f"<reserved_{index}>" for index in range(len(tokenizer), rows)], special_tokens=True)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     if tokenizer.convert_tokens_to_ids("<image>") != rows:
-        raise ValueError(
+        raise EmmaError(
             f"`<image>` must be the id after the embedding's {rows} rows: the tokenizer gives it "
             f"{tokenizer.convert_tokens_to_ids('<image>')}. Is this the tokenizer of this checkpoint?"
         )
@@ -465,7 +466,7 @@ def generation_config(config: EmmaConfig) -> GenerationConfig:
 def _clip_config(clip: Path) -> CLIPConfig:
     values = _read_json(clip / "config.json")
     if values.get("model_type") != "clip":
-        raise ValueError(f"CLIP must be a checkpoint of model_type 'clip': {clip} has {values.get('model_type')!r}.")
+        raise EmmaError(f"CLIP must be a checkpoint of model_type 'clip': {clip} has {values.get('model_type')!r}.")
     return CLIPConfig.from_dict(values)
 
 
@@ -524,7 +525,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or vanishes."""
     output = Path(output)
     if output.exists():
-        raise ValueError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
+        raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
@@ -540,7 +541,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     value = getattr(torch, dtype, None)
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ValueError(f"`dtype` must be float32, float16 or bfloat16: got {dtype!r}.")
+        raise EmmaError(f"`dtype` must be float32, float16 or bfloat16: got {dtype!r}.")
     return value
 
 
@@ -550,7 +551,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
+        raise EmmaError(f"{path} is not JSON ({error}). Fetch it again.") from error
     return values
 
 

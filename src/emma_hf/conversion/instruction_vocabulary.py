@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, CLIPTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..model.errors_emma import EmmaError
+
 # OpenAI's file holds more merges than its models use: 49,152 entries less 256 bytes twice and two special tokens.
 USED_MERGES = 49152 - 256 - 2
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -23,7 +25,7 @@ def load_instruction_tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: none of these files.
-        ValueError: a damaged file.
+        EmmaError: a damaged file.
     """
     file = source / BPE_NAME if source.is_dir() else source
     if file.is_file():
@@ -35,7 +37,7 @@ def load_instruction_tokenizer(source: Path) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(source)
         except Exception as error:
             # The tokenizers library raises bare exceptions about damaged files.
-            raise ValueError(f"{source} holds no readable CLIP tokenizer ({error}). Fetch its files again.") from error
+            raise EmmaError(f"{source} holds no readable CLIP tokenizer ({error}). Fetch its files again.") from error
     raise FileNotFoundError(
         f"{source} holds no instruction vocabulary: expected {BPE_NAME}, tokenizer.json, or vocab.json and merges.txt."
     )
@@ -54,10 +56,10 @@ def _read_merges(path: Path) -> list[str]:
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable vocabulary ({error}). Fetch it again.") from error
+        raise EmmaError(f"{path} is not a readable vocabulary ({error}). Fetch it again.") from error
     merges = [line for line in lines[1 : USED_MERGES + 1] if line]
     if not merges or any(len(merge.split(" ")) != 2 for merge in merges):
-        raise ValueError(f"{path} must hold one merge of two parts per line, after a header. Fetch it again.")
+        raise EmmaError(f"{path} must hold one merge of two parts per line, after a header. Fetch it again.")
     return merges
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..model.errors_emma import EmmaError
 from ..model.instruction_emma import (
     PLACEHOLDER_ESCAPE,
     encode_instruction,
@@ -32,9 +33,9 @@ class _Rows(Dataset):
 
     def __init__(self, processor: EmmaProcessor, template: str, on_error: str) -> None:
         if template not in ("vicuna_v1", "plain"):
-            raise ValueError(f"`template` must be 'vicuna_v1' or 'plain': got {template!r}.")
+            raise EmmaError(f"`template` must be 'vicuna_v1' or 'plain': got {template!r}.")
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"`on_error` must be 'raise' or 'skip': got {on_error!r}.")
+            raise EmmaError(f"`on_error` must be 'raise' or 'skip': got {on_error!r}.")
         self.processor = processor
         self.template = template
         self.on_error = on_error
@@ -69,7 +70,7 @@ class _Rows(Dataset):
                 return self._item(place)
             except (ValueError, FileNotFoundError):
                 self._skipped[place] = True
-        raise ValueError(f"Not one row can be learned from. {self._reason(index % len(self))}")
+        raise EmmaError(f"Not one row can be learned from. {self._reason(index % len(self))}")
 
     def conversation(self, index: int) -> tuple[list[dict[str, str]], list[Any]]:
         """A row's messages, in LLaVA's format, and its pictures: paths or images.
@@ -94,7 +95,7 @@ class _Rows(Dataset):
         input_ids, labels = encode_conversation(processor, conversation, self.template)
         found = input_ids.count(processor.image_token_id) // processor.image_seq_length
         if found != len(pictures):
-            raise ValueError(
+            raise EmmaError(
                 f"Each `{processor.image_token}` in a row stands for one of its pictures: got {found} placeholders and "
                 f"{len(pictures)} pictures."
             )
@@ -167,7 +168,7 @@ class ConversationDataset(_Rows):
 
     Raises:
         FileNotFoundError: no file, or (of a row) no picture.
-        ValueError: an unknown template, a file or row that is not in the format, pictures and placeholders of a row
+        EmmaError: an unknown template, a file or row that is not in the format, pictures and placeholders of a row
             that differ in number, a row longer than the model's context, or without a word to learn from.
     """
 
@@ -201,11 +202,11 @@ class ConversationDataset(_Rows):
 
     def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
         if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-            raise ValueError("A row must be an object with a list of `conversations`.")
+            raise EmmaError("A row must be an object with a list of `conversations`.")
         names = row.get("image") or []
         names = names if isinstance(names, list) else [names]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`image` must be the name of a picture, or a list of names: got {row['image']!r}.")
+            raise EmmaError(f"`image` must be the name of a picture, or a list of names: got {row['image']!r}.")
         return row["conversations"], [self.image_folder / name for name in names]
 
 
@@ -221,7 +222,7 @@ class ChatDataset(_Rows):
         processor: as for [`ConversationDataset`], like `template` and `on_error`.
 
     Raises:
-        ValueError: as [`ConversationDataset`]; rows without a length, such as a streamed dataset.
+        EmmaError: as [`ConversationDataset`]; rows without a length, such as a streamed dataset.
         FileNotFoundError: no picture at a path of a row.
     """
 
@@ -229,7 +230,7 @@ class ChatDataset(_Rows):
         self, rows: Any, processor: EmmaProcessor, template: str = "vicuna_v1", on_error: str = "raise"
     ) -> None:
         if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise ValueError(
+            raise EmmaError(
                 f"`rows` must have a length and rows by number: got {type(rows).__name__}. Load the dataset without "
                 "`streaming=True`."
             )
@@ -252,7 +253,7 @@ class ChatDataset(_Rows):
 
     def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
         if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list):
-            raise ValueError("A row must have a list of `messages`.")
+            raise EmmaError("A row must have a list of `messages`.")
         token = self.processor.image_token
         waiting = row.get("images") or row.get("image") or []
         waiting = list(waiting) if isinstance(waiting, (list, tuple)) else [waiting]
@@ -261,7 +262,7 @@ class ChatDataset(_Rows):
             text, found = _message_in_llava_format(message, token)
             for picture in found:
                 if picture is None and not waiting:
-                    raise ValueError(
+                    raise EmmaError(
                         "Each picture part must hold its picture, or the row's `images` must: got fewer `images` than "
                         "parts."
                     )
@@ -285,7 +286,7 @@ class DataCollator:
     def __init__(self, processor: EmmaProcessor) -> None:
         self.pad_token_id = processor.tokenizer.pad_token_id
         if self.pad_token_id is None:
-            raise ValueError("Padding needs a padding token: set `processor.tokenizer.pad_token`.")
+            raise EmmaError("Padding needs a padding token: set `processor.tokenizer.pad_token`.")
 
     def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` (batch, tokens), and the pictures and instructions of all rows."""
@@ -309,7 +310,7 @@ def encode_conversation(
     """Ids and labels of a conversation; the loss is on the assistant's words and their end alone.
 
     Raises:
-        ValueError: messages that do not alternate, a row longer than the tokenizer's `model_max_length`, or no label.
+        EmmaError: messages that do not alternate, a row longer than the tokenizer's `model_max_length`, or no label.
     """
     turns = _turns(conversation)
     pieces = _plain(turns, processor) if template == "plain" else _vicuna(turns, processor)
@@ -326,12 +327,12 @@ def encode_conversation(
     ]
     limit = processor.tokenizer.model_max_length
     if len(input_ids) > limit:
-        raise ValueError(
+        raise EmmaError(
             f"A row must fit the model's context of {limit} tokens: it has {len(input_ids)}, {len(input_ids) - limit} "
             "too many. Shorten it, or raise `processor.tokenizer.model_max_length` if the model allows."
         )
     if all(label == IGNORED for label in labels):
-        raise ValueError("A row needs words of the assistant to learn from: all its labels are -100.")
+        raise EmmaError("A row needs words of the assistant to learn from: all its labels are -100.")
     return input_ids, labels
 
 
@@ -345,7 +346,7 @@ def _turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
         values = message if isinstance(message, Mapping) else {}
         role, text = values.get("from"), values.get("value")
         if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-            raise ValueError(
+            raise EmmaError(
                 "A message needs `from` (human or gpt; in a chat `role`, user or assistant) and a text: got "
                 f"{str(message)[:200]}."
             )
@@ -356,7 +357,7 @@ def _turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
         turns = turns[1:]
     roles = [role for role, _ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError(f"User and assistant must take turns, and the assistant must end the row: got {roles}.")
+        raise EmmaError(f"User and assistant must take turns, and the assistant must end the row: got {roles}.")
     return system + turns
 
 
@@ -379,7 +380,7 @@ def _vicuna(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tupl
 def _plain(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tuple[str, bool]]:
     token = processor.image_token
     if len(turns) != 2 or turns[0][0] != "user" or token not in turns[0][1]:
-        raise ValueError(
+        raise EmmaError(
             f"A row of the `plain` template is a picture and its caption: got {len(turns)} turns and "
             f"{turns[0][1].count(token)} placeholders in the first."
         )
@@ -393,18 +394,18 @@ def _message_in_llava_format(message: dict[str, Any], token: str) -> tuple[str, 
     if isinstance(content, str):
         return content, [None] * (content.count(token) if message.get("role") == "user" else 0)
     if not isinstance(content, list):
-        raise ValueError(f"A message needs `content`, a text or a list of parts: got {message}.")
+        raise EmmaError(f"A message needs `content`, a text or a list of parts: got {message}.")
     text, pictures = "", []
     for part in content:
         if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
-            raise ValueError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
+            raise EmmaError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
         if part.get("type") == "text":
             text += escape_placeholders(part["text"], token)
         elif part.get("type") == "image":
             held = (part.get(key) for key in ("image", "url", "path", "base64"))
             pictures.append(next((picture for picture in held if picture is not None), None))
         else:
-            raise ValueError(f"A part of a message must be of type 'text' or 'image': got {part.get('type')!r}.")
+            raise EmmaError(f"A part of a message must be of type 'text' or 'image': got {part.get('type')!r}.")
     return f"{token}\n" * len(pictures) + text, pictures
 
 
@@ -446,5 +447,5 @@ def _row_spans(path: Path) -> np.ndarray:
             spans.extend((offset, offset + size))
             offset, last, index = offset + size, end, end
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} must hold a JSON list of rows ({error}). Is it complete?") from error
+        raise EmmaError(f"{path} must hold a JSON list of rows ({error}). Is it complete?") from error
     return np.array(spans, dtype=np.int64).reshape(-1, 2)

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from ..model.configuration_emma import EmmaConfig
+from ..model.errors_emma import EmmaError
 
 CARD_NAME = "README.md"
 # In the cards: the name of the repository, and what holds for the released weights alone.
@@ -53,7 +54,7 @@ def model_card(
         The card, and the files that it links to: name in the repository to file.
 
     Raises:
-        ValueError: a card whose YAML cannot be read, or an `evaluation` of another form.
+        EmmaError: a card whose YAML cannot be read, or an `evaluation` of another form.
     """
     own = source / CARD_NAME
     path = own if own.is_file() else packaged("MODEL_CARD.md")
@@ -106,7 +107,7 @@ def measured(path: Path) -> list[EvalResult]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of that command.
+        EmmaError: not a file of that command.
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -114,7 +115,7 @@ def measured(path: Path) -> list[EvalResult]:
         shares.append(("f1", "yes/no", result["yes_no"]["f1"]))
         shares += [("rate", group, count["share"]) for group, count in result["captions"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise EmmaError(
             f"An evaluation must be the evaluation.json that `emma-hf tiny evaluate --output` writes: {path} is not "
             f"({error!r})."
         ) from error
@@ -137,12 +138,12 @@ def check_card(card: ModelCard) -> None:
     """Hold a card to what the Hub's own library can check without the Hub.
 
     Raises:
-        ValueError: the YAML does not survive being written and read, or its results are incomplete.
+        EmmaError: the YAML does not survive being written and read, or its results are incomplete.
     """
     again = _parsed(str(card), Path(CARD_NAME))
     data = again.data.to_dict()
     if data != card.data.to_dict():
-        raise ValueError("The YAML of README.md does not survive being written and read again.")
+        raise EmmaError("The YAML of README.md does not survive being written and read again.")
     if card.data.get("eval_results"):
         eval_results_to_model_index(card.data["model_name"], card.data["eval_results"])
 
@@ -152,7 +153,7 @@ def _parsed(text: str, path: Path) -> ModelCard:
         card = ModelCard(text)
     # The YAML parser has errors of its own, and the card's are plain.
     except Exception as error:
-        raise ValueError(
+        raise EmmaError(
             f"The head of {path} must be YAML that the Hub reads: {' '.join(str(error).split())}."
         ) from error
     return card

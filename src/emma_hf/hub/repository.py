@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from .. import EMMA_TINY
 from ..conversion.converter import generation_config, new_folder
 from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
+from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..storage.tensors import parse_size, read_checkpoint, write_shards
@@ -81,7 +82,7 @@ def export(
             then changes the other.
 
     Raises:
-        ValueError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists.
+        EmmaError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -118,7 +119,7 @@ def export(
         card.save(target / CARD_NAME)
         missing = sorted(set(REQUIRED_FILES) - set(files_of(target)))
         if missing:
-            raise ValueError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
+            raise EmmaError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
         _write_json(target / MANIFEST_NAME, manifest_of(target))
     return folder
 
@@ -150,15 +151,15 @@ def push(
         Address of the commit.
 
     Raises:
-        ValueError: no token, no right, no network, an upload that broke off, a repository that holds another model,
+        EmmaError: no token, no right, no network, an upload that broke off, a repository that holds another model,
             a folder that is not as it was exported or that holds links.
         FileNotFoundError: no such model or revision.
     """
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"A repository is named like org/name: got {repo_id!r}.")
+        raise EmmaError(f"A repository is named like org/name: got {repo_id!r}.")
     token = token or get_token()
     if not token:
-        raise ValueError(
+        raise EmmaError(
             f"Writing to {repo_id} needs a token: found none. Set HF_TOKEN to one with write access, or log in with "
             "`hf auth login`."
         )
@@ -192,9 +193,9 @@ def _config(source: Path) -> EmmaConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}). Fetch it again.") from error
+        raise EmmaError(f"{path} is not JSON ({error}). Fetch it again.") from error
     if values.get("model_type") != EmmaConfig.model_type:
-        raise ValueError(
+        raise EmmaError(
             f"Only models of this package (model_type 'emma') are exported: {source} has {values.get('model_type')!r}. "
             "`emma-hf convert` turns the authors' checkpoint into one."
         )
@@ -234,7 +235,7 @@ def _copy(source: Path, name: str, target: Path, cache: Path | None, link: bool 
     """Copy a file that the folder itself holds, or that lies in the cache of the Hub's library."""
     path = (source / name).resolve()
     if not is_own_file(source / name, source) and (cache is None or path.parent != cache.resolve()):
-        raise ValueError(
+        raise EmmaError(
             f"A model is exported from its own files: {source / name} is a link to {path}. Put the file itself there."
         )
     (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +307,7 @@ def _push(
         remote = {file.rfilename: file for file in info.siblings or ()}
         foreign = _other_weights(folder, hashes, remote)
         if foreign and not force:
-            raise ValueError(
+            raise EmmaError(
                 f"{repo_id} holds another model: it has {', '.join(foreign[:3])} of other contents than "
                 f"{folder}. Push to another name or `--revision`, or replace it with `--force`; its history keeps it."
             )
@@ -330,7 +331,7 @@ def _push(
             )
         # So the Hub's library reports a file that did not arrive.
         except RuntimeError as error:
-            raise ValueError(_broken_off(repo_id, error)) from error
+            raise EmmaError(_broken_off(repo_id, error)) from error
         after = api.model_info(repo_id, revision=commit.oid, files_metadata=True)
         arrived = {file.rfilename: file for file in after.siblings or ()}
         wrong = [
@@ -339,7 +340,7 @@ def _push(
             if name not in arrived or not is_remote_file(folder / name, arrived[name], sha256)
         ]
     if wrong:
-        raise ValueError(f"{repo_id} does not hold what was sent: {', '.join(wrong[:3])}. Run the command again.")
+        raise EmmaError(f"{repo_id} does not hold what was sent: {', '.join(wrong[:3])}. Run the command again.")
     return str(commit.commit_url)
 
 
@@ -350,20 +351,20 @@ def _verified(folder: Path) -> dict[str, str]:
     for name in [*listed, MANIFEST_NAME]:
         path = folder / name
         if not path.exists():
-            raise ValueError(f"{folder} lacks {name}, which its manifest lists. Export the model again.")
+            raise EmmaError(f"{folder} lacks {name}, which its manifest lists. Export the model again.")
         if not is_own_file(path, folder):
-            raise ValueError(
+            raise EmmaError(
                 f"Nothing outside the folder is uploaded: {path} is a link to {path.resolve()}. Export the model again."
             )
         hashes[name] = sha256_of(path)
         if name != MANIFEST_NAME and (size_of(path), hashes[name]) != (listed[name]["size"], listed[name]["sha256"]):
-            raise ValueError(
+            raise EmmaError(
                 f"A folder is uploaded as it was exported: {path} was changed since. Take the change in with "
                 f"`emma-hf export {folder} NEW_FOLDER`."
             )
     lacking = sorted(set(REQUIRED_FILES) - set(hashes))
     if lacking:
-        raise ValueError(
+        raise EmmaError(
             f"{folder} is not a complete repository: its manifest lacks {', '.join(lacking)}. Export again."
         )
     return hashes
@@ -378,14 +379,14 @@ def _repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -
             api.create_repo(repo_id, private=private, exist_ok=True)
         except HfHubHTTPError as error:
             if error.response is not None and error.response.status_code in (401, 403):
-                raise ValueError(
+                raise EmmaError(
                     f"The token has no right to create or see {repo_id} ({error.response.status_code}). Set HF_TOKEN "
                     "to one that may write there, or check the name."
                 ) from error
             raise
         return api.model_info(repo_id, revision=revision, files_metadata=True)
     if private and not info.private:
-        raise ValueError(
+        raise EmmaError(
             f"`--private` is for a repository that is created now: {repo_id} exists and is public. Make it private on "
             "its settings page first, or leave the option out."
         )

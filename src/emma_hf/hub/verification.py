@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from ..model.configuration_emma import AUTO_MAP, HUB_FILES
+from ..model.errors_emma import EmmaError
 from ..storage.tensors import read_checkpoint
 
 MANIFEST_NAME = "manifest.json"
@@ -101,12 +102,12 @@ def check(
 
     Raises:
         FileNotFoundError: no such folder, repository or revision.
-        ValueError: no network, no right to read.
+        EmmaError: no network, no right to read.
     """
     report = Report(str(source))
     if Path(source).is_dir():
         if revision is not None:
-            raise ValueError(f"A folder has no revisions: got {revision!r} with {source}. Leave `revision` out.")
+            raise EmmaError(f"A folder has no revisions: got {revision!r} with {source}. Leave `revision` out.")
         folder, remote = Path(source), None
     else:
         repo_id = hub_id(source)
@@ -144,7 +145,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
     """Name to size and sha256 of the files that a folder's manifest lists; None where there is no manifest.
 
     Raises:
-        ValueError: a manifest that is damaged or names a file outside the folder.
+        EmmaError: a manifest that is damaged or names a file outside the folder.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -153,11 +154,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         entries = {str(name): {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a manifest of this package ({error!r}). Export the model again.") from error
+        raise EmmaError(f"{path} is not a manifest of this package ({error!r}). Export the model again.") from error
     for name in entries:
         parts = PurePosixPath(name).parts
         if not parts or parts[0] == "/" or ".." in parts or "\\" in name:
-            raise ValueError(f"A manifest must name files of its own folder: {path} names {name!r}.")
+            raise EmmaError(f"A manifest must name files of its own folder: {path} names {name!r}.")
     return entries
 
 
@@ -221,7 +222,7 @@ def hub_errors(repo_id: str, revision: str | None = None, doing: str = "read") -
 
     Raises:
         FileNotFoundError: no such repository, revision or file.
-        ValueError: no network, no right, or the Hub refused or broke off.
+        EmmaError: no network, no right, or the Hub refused or broke off.
     """
     try:
         yield
@@ -231,27 +232,27 @@ def hub_errors(repo_id: str, revision: str | None = None, doing: str = "read") -
             f'the branch first: `HfApi().create_branch("{repo_id}", branch="{revision}")`.'
         ) from error
     except GatedRepoError as error:
-        raise ValueError(f"{repo_id} is gated: ask for access on its page, and set HF_TOKEN to your token.") from error
+        raise EmmaError(f"{repo_id} is gated: ask for access on its page, and set HF_TOKEN to your token.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"The Hub shows no repository {repo_id}: it does not exist, or it is private and your token (HF_TOKEN) may "
             "not see it. Check the name and the token."
         ) from error
     except HFValidationError as error:
-        raise ValueError(f"A repository is named like org/name: got {repo_id!r} ({_line(error)}).") from error
+        raise EmmaError(f"A repository is named like org/name: got {repo_id!r} ({_line(error)}).") from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(_unreachable(error, doing)) from error
+        raise EmmaError(_unreachable(error, doing)) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} lacks a file that was asked for ({_line(error)}).") from error
     except OfflineModeIsEnabled as error:
-        raise ValueError("The Hub cannot be asked while HF_HUB_OFFLINE is set. Unset it.") from error
+        raise EmmaError("The Hub cannot be asked while HF_HUB_OFFLINE is set. Unset it.") from error
     except HfHubHTTPError as error:
-        raise ValueError(_refused(error, repo_id, doing)) from error
+        raise EmmaError(_refused(error, repo_id, doing)) from error
     except Exception as error:
         # The clients of the Hub's package, requests in its older line and httpx in its newer, have no common error.
         if type(error).__module__.split(".")[0] not in ("httpcore", "httpx", "httpx2", "requests", "urllib3"):
             raise
-        raise ValueError(_unreachable(error, doing)) from error
+        raise EmmaError(_unreachable(error, doing)) from error
 
 
 def _refused(error: HfHubHTTPError, repo_id: str, doing: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.errors_emma import EmmaError
 from ..model.execution_emma import is_plain
 from ..model.modeling_emma import EmmaForConditionalGeneration
 
@@ -38,8 +39,8 @@ def apply_liger_kernel_to_emma(
             float32 is closer to the gradient of the plain loss, and takes a copy of the head more.
 
     Raises:
-        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
-        ValueError: a model that is no EMMA with its head, a language model for which Liger has no kernels, an
+        MissingPackageError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
+        EmmaError: a model that is no EMMA with its head, a language model for which Liger has no kernels, an
             activation or a head that its kernels do not compute, or no GPU.
     """
     try:
@@ -49,21 +50,21 @@ def apply_liger_kernel_to_emma(
         raise _missing(error) from error
     emma = next((module for module in model.modules() if isinstance(module, EmmaForConditionalGeneration)), None)
     if emma is None:
-        raise ValueError(
+        raise EmmaError(
             f"`model` must be an EmmaForConditionalGeneration, or hold one: got {type(model).__name__}. For other "
             "models call Liger's own functions."
         )
     if infer_device() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("Liger's kernels run on a GPU: there is none here. Leave them out.")
+        raise EmmaError("Liger's kernels run on a GPU: there is none here. Leave them out.")
     language_model = emma.model.language_model
     config = language_model.config
     if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(
+        raise EmmaError(
             f"Liger must know the family of the language model: it has no kernels for {config.model_type!r}. Leave "
             "them out."
         )
     if swiglu and config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
+        raise EmmaError(
             f"Liger's MLP computes the activation 'silu' only: this language model has {config.hidden_act!r}. Pass "
             "`swiglu=False`."
         )
@@ -88,7 +89,7 @@ def register_with_liger() -> None:
     [`~emma_hf.training.EmmaTrainer`] calls it.
 
     Raises:
-        ImportError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
+        MissingPackageError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
     """
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -117,7 +118,7 @@ def _check_head(head: nn.Module) -> torch.Tensor:
     # Tensor parallelism leaves a DTensor, ZeRO-3 an empty weight between forward passes of the head.
     if is_plain(head) and not hasattr(head.weight, "device_mesh") and head.weight.ndim == 2:
         return head.weight
-    raise ValueError(
+    raise EmmaError(
         "Liger's fused loss reads the weight of `lm_head`, which must be a plain linear layer, whole on one device: "
         f"got {type(head).__name__} (quantized, adapted, offloaded or spread). Pass `fused_linear_cross_entropy=False`."
     )

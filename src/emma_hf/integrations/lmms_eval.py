@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from .. import EMMA_TINY
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.instruction_emma import instructions_from_messages
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -18,7 +19,7 @@ try:
     from lmms_eval.api.model import lmms
     from lmms_eval.models.registry_v2 import ModelManifest
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackageError(
         f"`emma_hf.integrations.lmms_eval` is for lmms-eval, which cannot be imported here: {error}. Install it with "
         "`pip install lmms-eval`."
     ) from error
@@ -45,7 +46,7 @@ class Emma(lmms):
         revision: of a Hub repository.
 
     Raises:
-        ValueError: an argument that is not among these, or of a wrong value.
+        EmmaError: an argument that is not among these, or of a wrong value.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Emma(lmms):
         # lmms-eval passes this one on to every model.
         unknown = [name for name, value in kwargs.items() if value is not None and name != "max_batch_size"]
         if unknown:
-            raise ValueError(
+            raise EmmaError(
                 "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization and revision: got "
                 f"{', '.join(unknown)}."
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"`batch_size` must be a whole number of at least 1: got {batch_size!r}.")
+            raise EmmaError(f"`batch_size` must be a whole number of at least 1: got {batch_size!r}.")
         self.accelerator = Accelerator(cpu=device == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         several = self._world_size > 1 or device is None
@@ -118,7 +119,7 @@ class Emma(lmms):
         images = (doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None) or []
         kinds = sorted({type(image).__name__ for image in images if not isinstance(image, Image.Image)})
         if kinds:
-            raise ValueError(f"emma reads pictures: the task {task} gives {', '.join(kinds)}. Choose another task.")
+            raise EmmaError(f"emma reads pictures: the task {task} gives {', '.join(kinds)}. Choose another task.")
         token = self.processor.image_token
         if images and question.count(token) == len(images):
             # A task that says where its pictures belong. Content that is one string is a bare prompt.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.instruction_emma import instructions_from_prompt
 
 
@@ -15,12 +16,12 @@ def register() -> None:
     """Tell vLLM of the model. Runs in each of its processes, by the entry point `vllm.general_plugins`.
 
     Raises:
-        ImportError: vLLM cannot be imported.
+        MissingPackageError: vLLM cannot be imported.
     """
     try:
         from vllm import ModelRegistry
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"`emma_hf.integrations.vllm_plugin` is for vLLM, which cannot be imported here: {error}. Install vLLM as "
             "its documentation says for your device."
         ) from error
@@ -41,7 +42,7 @@ def with_instructions(kwargs: Mapping[str, Any], prompt: Sequence[int], images: 
         `kwargs` with `instructions`, one text for each picture; unchanged where there is none.
 
     Raises:
-        ValueError: as many instructions as there are not pictures.
+        EmmaError: as many instructions as there are not pictures.
     """
     if not images:
         return dict(kwargs)
@@ -56,7 +57,7 @@ def with_instructions(kwargs: Mapping[str, Any], prompt: Sequence[int], images: 
             processor.tokenizer.eos_token,
         )
     if len(given) != images or not all(isinstance(text, str) for text in given):
-        raise ValueError(
+        raise EmmaError(
             f"`instructions` must be a text, or a list with one for each of {images} pictures: got {given!r}."
         )
     return {**kwargs, "instructions": list(given)}

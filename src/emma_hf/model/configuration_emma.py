@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionC
 from transformers.configuration_utils import PretrainedConfig
 
 from .compat_emma import text_config_from_dict
+from .errors_emma import EmmaError
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ HUB_FILES = (
     "instruction_emma.py",
     "clip_towers_emma.py",
     "compat_emma.py",
+    "errors_emma.py",
     "execution_emma.py",
     "fused_alignment.py",
     "image_encoding_emma.py",
@@ -112,7 +114,7 @@ class EmmaConfig(PretrainedConfig):
             kernels; an error where they cannot run) or `"auto"` (the kernels on CUDA where they can run, else eager).
 
     Raises:
-        ValueError: a value outside its choices, or token counts that disagree with the towers.
+        EmmaError: a value outside its choices, or token counts that disagree with the towers.
     """
 
     model_type = "emma"
@@ -194,7 +196,7 @@ class EmmaConfig(PretrainedConfig):
         _hidden_state_index("vision_feature_layer", self.vision_feature_layer, self.vision_config)
         _hidden_state_index("instruction_feature_layer", self.instruction_feature_layer, self.instruction_config)
         if self.image_seq_length != self._vision_tokens():
-            raise ValueError(
+            raise EmmaError(
                 f"`image_seq_length` must be the number of tokens that the vision tower gives for one image: got "
                 f"{self.image_seq_length}, but a picture of {self.vision_config.image_size} pixels in patches of "
                 f"{self.vision_config.patch_size} with vision_feature_select_strategy="
@@ -203,13 +205,13 @@ class EmmaConfig(PretrainedConfig):
             )
         positions = self.instruction_config.max_position_embeddings
         if not 2 <= self.instruction_length <= positions:
-            raise ValueError(
+            raise EmmaError(
                 "`instruction_length` must be at least 2 and at most the positions of the instruction encoder: got "
                 f"{self.instruction_length} with max_position_embeddings={positions} in `instruction_config`. "
                 f"Set `instruction_length` to {positions} or less."
             )
         if not 0 <= self.image_token_index < self.text_config.vocab_size:
-            raise ValueError(
+            raise EmmaError(
                 f"`image_token_index` must lie inside the language model's vocabulary: got {self.image_token_index} "
                 f"with vocab_size={self.text_config.vocab_size} in `text_config`. Add a row for `<image>` "
                 "(`emma-hf convert` does) or name an id that exists."
@@ -244,7 +246,7 @@ def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedC
     values = text_config_from_dict(VICUNA_DEFAULTS if value is None else value)
     model_type = values.pop("model_type", "llama")
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(
+        raise EmmaError(
             f"`text_config` must be a language model that Transformers knows: got model_type {model_type!r}. Check its "
             "spelling, or update Transformers."
         )
@@ -259,13 +261,13 @@ def _sub_config(value, config_class, defaults):
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}: got {value!r}.")
+        raise EmmaError(f"`{name}` must be one of {', '.join(map(repr, choices))}: got {value!r}.")
 
 
 def _hidden_state_index(name: str, index: Any, config: PretrainedConfig) -> None:
     states = config.num_hidden_layers + 1
     if not isinstance(index, int) or not -states <= index < states:
-        raise ValueError(
+        raise EmmaError(
             f"`{name}` must index one of the {states} hidden states of its encoder (the embeddings and "
             f"{states - 1} layers), from {-states} to {states - 1}: got {index!r}. The released model uses -2."
         )

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .errors_emma import EmmaError, MissingPackageError
 from .execution_emma import is_hooked
 
 try:
@@ -85,10 +86,10 @@ def check_fusion_implementation(implementation: str) -> None:
     """Refuse, before any weight is made, what this machine can never run.
 
     Raises:
-        ImportError: `triton` was asked for and is not installed.
+        MissingPackageError: `triton` was asked for and is not installed.
     """
     if implementation == "triton" and triton is None:
-        raise ImportError(
+        raise MissingPackageError(
             "fusion_implementation='triton' needs the package triton, which is not installed: install it with "
             "`pip install \"emma-hf[kernels]\"`, or use 'auto' or 'eager'."
         )
@@ -106,7 +107,7 @@ def runs_fused(
         instruction_features: H (images, T, instruction width).
 
     Raises:
-        ValueError: `triton` was asked for and cannot run here.
+        EmmaError: `triton` was asked for and cannot run here.
     """
     if implementation == "eager":
         return False
@@ -115,7 +116,7 @@ def runs_fused(
         # An exported program must run where this file is not.
         return obstacle is None and not torch.compiler.is_exporting()
     if obstacle is not None:
-        raise ValueError(f"fusion_implementation='triton' cannot run: {obstacle}; or use 'auto' or 'eager'.")
+        raise EmmaError(f"fusion_implementation='triton' cannot run: {obstacle}; or use 'auto' or 'eager'.")
     return True
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors_emma import EmmaError
 from .execution_emma import is_plain
 
 
@@ -44,12 +45,12 @@ class EmmaImageEncoding:
             (images or questions, N, text width): `image_features` of `forward` and `generate`.
 
         Raises:
-            ValueError: rows that are neither one, nor as many as the pictures, nor about one picture; or see
+            EmmaError: rows that are neither one, nor as many as the pictures, nor about one picture; or see
                 `get_instruction_features`.
         """
         images, questions = len(self), instruction_input_ids.shape[0]
         if images != questions and 1 not in (images, questions):
-            raise ValueError(
+            raise EmmaError(
                 "Pass one row of `instruction_input_ids` for each picture, one row for all, or any number about "
                 f"one picture: got {questions} rows and {images} pictures."
             )

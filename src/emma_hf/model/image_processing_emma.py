@@ -16,6 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
 
+from .errors_emma import EmmaError
+
 logger = logging.getLogger(__name__)
 
 # Keywords of other image processors that say nothing about the pixels here.
@@ -109,14 +111,14 @@ class EmmaImageProcessor(BaseImageProcessor):
             `pixel_values`, float32 (pictures, 3, height, width).
 
         Raises:
-            ValueError: a picture that cannot be read, is truncated, has no pixels or too many, or an array of a wrong
+            EmmaError: a picture that cannot be read, is truncated, has no pixels or too many, or an array of a wrong
                 shape, dtype or range.
             FileNotFoundError: a path that does not exist.
         """
         settings = {**vars(self), **self._known(overrides)}
         flat = _flatten(images)
         if not flat:
-            raise ValueError("`images` must hold at least one picture: got an empty list.")
+            raise EmmaError("`images` must hold at least one picture: got an empty list.")
         pixels = []
         for index, image in enumerate(flat):
             with _naming(index, len(flat)):
@@ -126,7 +128,7 @@ class EmmaImageProcessor(BaseImageProcessor):
         if return_tensors is not None:
             shapes = {array.shape for array in pixels}
             if len(shapes) > 1:
-                raise ValueError(
+                raise EmmaError(
                     f"Pictures of different sizes cannot make one tensor: got {sorted(shapes)}. Leave `do_resize` and "
                     "`do_center_crop` on."
                 )
@@ -235,7 +237,7 @@ def _check_pixels(pixels: int, size: tuple[int, int]) -> None:
     # The bound at which Pillow itself refuses a file as a decompression bomb.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > 2 * limit:
-        raise ValueError(
+        raise EmmaError(
             f"A picture padded to a square must stay under Pillow's limit of {2 * limit} pixels: got one of "
             f"{size[0]}x{size[1]} pixels. Crop it, or make it smaller first."
         )
@@ -269,12 +271,12 @@ def _to_rgb(image: Any, input_data_format: str | None) -> Image.Image:
     elif isinstance(image, np.ndarray):
         image = _from_array(image, input_data_format, prefer_last=True)
     elif not isinstance(image, Image.Image):
-        raise ValueError(
+        raise EmmaError(
             "A picture must be a PIL image, an array, a tensor, a path, a URL, a data URL or bytes: got "
             f"{type(image).__name__}."
         )
     if 0 in image.size:
-        raise ValueError(f"A picture must have pixels: got one of {image.width}x{image.height}.")
+        raise EmmaError(f"A picture must have pixels: got one of {image.width}x{image.height}.")
     try:
         if image.mode.startswith("I") or image.mode == "F":
             return _deep_to_rgb(image)
@@ -282,7 +284,7 @@ def _to_rgb(image: Any, input_data_format: str | None) -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except OSError as error:
-        raise ValueError(f"The picture cannot be decoded ({error}). Is the file complete?") from error
+        raise EmmaError(f"The picture cannot be decoded ({error}). Is the file complete?") from error
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
@@ -299,12 +301,12 @@ def _from_array(array: np.ndarray, input_data_format: str | None, prefer_last: b
     if array.ndim == 3:
         array = _to_channels_last(array, input_data_format, prefer_last)
     elif array.ndim != 2:
-        raise ValueError(
+        raise EmmaError(
             "An array must be one picture, (height, width), (height, width, channels) or (channels, height, width): "
             f"got shape {array.shape}. Pass several pictures as a list."
         )
     if array.size == 0:
-        raise ValueError(f"A picture must have pixels: got an array of shape {array.shape}.")
+        raise EmmaError(f"A picture must have pixels: got an array of shape {array.shape}.")
     array = _to_bytes(array)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     return Image.fromarray(np.ascontiguousarray(array[..., :3] if array.ndim == 3 else array)).convert("RGB")
@@ -316,7 +318,7 @@ def _to_channels_last(array: np.ndarray, input_data_format: str | None, prefer_l
         prefer_last = _channels_last(input_data_format)
         first, last = first and not prefer_last, last and prefer_last
     if not (first or last):
-        raise ValueError(
+        raise EmmaError(
             f"An array must have 1, 3 or 4 channels, first or last: got shape {array.shape}"
             + (f" with input_data_format={str(input_data_format)!r}." if input_data_format is not None else ".")
         )
@@ -331,9 +333,9 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint16:
         return np.round(array / 257).astype(np.uint8)
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(f"An array must hold integers or floats: got dtype {array.dtype}.")
+        raise EmmaError(f"An array must hold integers or floats: got dtype {array.dtype}.")
     if not np.isfinite(array).all():
-        raise ValueError("An array must hold finite numbers: got NaN or infinity.")
+        raise EmmaError("An array must hold finite numbers: got NaN or infinity.")
     _check_range(array, 255)
     if np.issubdtype(array.dtype, np.floating):
         array = np.round(array * 255 if array.max() <= 1 else array)
@@ -343,7 +345,7 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
 def _check_range(array: np.ndarray, largest: int) -> None:
     low, high = array.min(), array.max()
     if low < 0 or high > largest:
-        raise ValueError(
+        raise EmmaError(
             f"Pixel values must lie in 0 to {largest} (floats also in 0 to 1): got {low} to {high}. Pass pictures that "
             "are not normalised yet."
         )
@@ -364,15 +366,15 @@ def _open(image: str | os.PathLike | bytes) -> Image.Image:
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(
+        raise EmmaError(
             f"The picture {shown} is too large to be safe ({error}). Make it smaller, or raise "
             "`PIL.Image.MAX_IMAGE_PIXELS` if you trust it."
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{shown} is not a picture that Pillow can read. Give a PNG, JPEG or similar.") from error
+        raise EmmaError(f"{shown} is not a picture that Pillow can read. Give a PNG, JPEG or similar.") from error
     except Exception as error:
         # Broken files make decoders and network libraries fail in many ways; all of them mean the same here.
-        raise ValueError(f"The picture {shown} cannot be read ({error}). Is it complete?") from error
+        raise EmmaError(f"The picture {shown} cannot be read ({error}). Is it complete?") from error
 
 
 def _path_or_buffer(image: str | os.PathLike) -> Path | BytesIO:
@@ -414,7 +416,7 @@ def _flatten(images: Any) -> list[Any]:
 def _channels_last(data_format: Any) -> bool:
     name = getattr(data_format, "value", data_format)
     if name not in ("channels_first", "channels_last"):
-        raise ValueError(f"A data format must be 'channels_first' or 'channels_last': got {data_format!r}.")
+        raise EmmaError(f"A data format must be 'channels_first' or 'channels_last': got {data_format!r}.")
     return name == "channels_last"
 
 
@@ -427,7 +429,7 @@ def _size(name: str, value: Any, single: str | None = None) -> dict[str, int]:
     value = {key: item for key, item in dict(value).items() if item is not None}
     if set(value) not in allowed or any(item < 1 for item in value.values()):
         keys = " or ".join(str(sorted(keys)) for keys in allowed)
-        raise ValueError(f"`{name}` must give {keys} in pixels, each at least 1: got {value}.")
+        raise EmmaError(f"`{name}` must give {keys} in pixels, each at least 1: got {value}.")
     return value
 
 
@@ -435,7 +437,7 @@ def _per_channel(name: str, values: Any) -> list[float]:
     numbers = [float(value) for value in values] if np.ndim(values) == 1 else []
     if len(numbers) != 3 or not np.isfinite(numbers).all() or (name == "image_std" and min(numbers) <= 0):
         bound = ", each above 0" if name == "image_std" else ""
-        raise ValueError(f"`{name}` must be three numbers{bound}, for red, green and blue: got {values!r}.")
+        raise EmmaError(f"`{name}` must be three numbers{bound}, for red, green and blue: got {values!r}.")
     return numbers
 
 

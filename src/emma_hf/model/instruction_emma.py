@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .errors_emma import EmmaError
+
 try:
     import ftfy
 except ImportError:
@@ -48,10 +50,10 @@ def clean_instruction(text: str) -> str:
     text is still exact, and other text is cleaned as far as possible, with a warning.
 
     Raises:
-        ValueError: `text` is not a string.
+        EmmaError: `text` is not a string.
     """
     if not isinstance(text, str):
-        raise ValueError(f"An instruction must be a string: got {type(text).__name__}.")
+        raise EmmaError(f"An instruction must be a string: got {type(text).__name__}.")
     if ftfy is not None:
         text = ftfy.fix_text(text)
     else:
@@ -75,10 +77,10 @@ def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: in
         length: number of ids.
 
     Raises:
-        ValueError: `text` is not a string, or `length` has no room for start and end.
+        EmmaError: `text` is not a string, or `length` has no room for start and end.
     """
     if length < 2:
-        raise ValueError(f"An instruction needs room for its start and end, so a length of at least 2: got {length}.")
+        raise EmmaError(f"An instruction needs room for its start and end, so a length of at least 2: got {length}.")
     ids = [tokenizer.bos_token_id]
     for match in _word_pattern().finditer(clean_instruction(text)):
         word = match.group()
@@ -112,7 +114,7 @@ def instructions_from_prompt(
     ends at the `end_token`, or in a prompt that has none at the next `USER:`.
 
     Raises:
-        ValueError: an unknown `instruction_turn`.
+        EmmaError: an unknown `instruction_turn`.
     """
     regions = _outside_answers(prompt, end_token)
     users = [
@@ -158,7 +160,7 @@ def instructions_from_messages(
     turns are read.
 
     Raises:
-        ValueError: an unknown `instruction_turn`, or a message without role or content.
+        EmmaError: an unknown `instruction_turn`, or a message without role or content.
     """
     turns = [_count_and_words(message, image_token) for message in messages if _role(message) == "user"]
     if _is_last(instruction_turn):
@@ -190,11 +192,11 @@ def training_instruction(
         length: ids per instruction.
 
     Raises:
-        ValueError: no user turn.
+        EmmaError: no user turn.
     """
     turns = [message["value"] for message in conversation if message["from"] in ("human", "user")]
     if not turns:
-        raise ValueError(
+        raise EmmaError(
             "A training row needs a user turn (`from` is 'human'): got "
             f"{[message['from'] for message in conversation]}."
         )
@@ -229,13 +231,13 @@ def _first_line(text: str) -> str:
 
 def _is_last(instruction_turn: str) -> bool:
     if instruction_turn not in ("image", "last"):
-        raise ValueError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
+        raise EmmaError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
     return instruction_turn == "last"
 
 
 def _role(message: dict[str, Any]) -> str:
     if "role" not in message:
-        raise ValueError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
+        raise EmmaError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
     return message["role"]
 
 
@@ -244,7 +246,7 @@ def _count_and_words(message: dict[str, Any], image_token: str) -> tuple[int, st
     if isinstance(content, str):
         return content.count(image_token), instruction_from_turn(content, image_token)
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
+        raise EmmaError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
     images = sum(part.get("type") in ("image", "image_url") for part in content)
     return images, _first_line("".join(part["text"] for part in content if part.get("type") == "text"))
 

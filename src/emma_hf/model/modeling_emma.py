@@ -24,6 +24,7 @@ from .compat_emma import (
     tower_key_mapping,
 )
 from .configuration_emma import EmmaConfig
+from .errors_emma import EmmaError
 from .execution_emma import device_of, distinct_rows, needs_grad, steps_together
 from .fused_alignment import EmmaVisualAlignment, check_fusion_implementation, fused_adaptation, runs_fused
 from .image_encoding_emma import EmmaImageEncoding
@@ -118,9 +119,9 @@ class EmmaPreTrainedModel(PreTrainedModel):
         A `quantization_config` of any method quantizes the language model's layers and nothing else.
 
         Raises:
-            ValueError: a weight file that is truncated or damaged, weights of another shape than the config says, or
+            EmmaError: a weight file that is truncated or damaged, weights of another shape than the config says, or
                 layers of a size that 4 bits cannot pack.
-            ImportError: a quantization whose package is missing or too old.
+            MissingPackageError: a quantization whose package is missing or too old.
         """
         mapping = tower_key_mapping()
         if mapping is not None:
@@ -180,7 +181,7 @@ class EmmaModel(EmmaPreTrainedModel):
             (images, N, vision width).
 
         Raises:
-            ValueError: wrong number of dimensions or channels, wrong size, or a dtype that is not floating point.
+            EmmaError: wrong number of dimensions or channels, wrong size, or a dtype that is not floating point.
         """
         return self._select_vision_tokens(self._run_vision_tower(pixel_values).last_hidden_state)
 
@@ -194,7 +195,7 @@ class EmmaModel(EmmaPreTrainedModel):
             (images, T, instruction width).
 
         Raises:
-            ValueError: wrong shape or dtype, or an id outside the instruction encoder's vocabulary.
+            EmmaError: wrong shape or dtype, or an id outside the instruction encoder's vocabulary.
         """
         self._check_instruction_ids(instruction_input_ids)
         encoder = self.instruction_encoder
@@ -219,7 +220,7 @@ class EmmaModel(EmmaPreTrainedModel):
             `image_features`.
 
         Raises:
-            ValueError: see `get_vision_features`.
+            EmmaError: see `get_vision_features`.
         """
         return EmmaImageEncoding(self, self.get_vision_features(pixel_values))
 
@@ -248,7 +249,7 @@ class EmmaModel(EmmaPreTrainedModel):
             vision width).
 
         Raises:
-            ValueError: both or neither of `pixel_values` and `vision_features`; images and instructions that differ
+            EmmaError: both or neither of `pixel_values` and `vision_features`; images and instructions that differ
                 in number; tensors of a wrong shape or dtype.
         """
         self._check_image_inputs(pixel_values, instruction_input_ids, vision_features)
@@ -285,7 +286,7 @@ class EmmaModel(EmmaPreTrainedModel):
             (batch, tokens) boolean, as many true as there are visual tokens.
 
         Raises:
-            ValueError: the placeholders are not exactly the visual tokens.
+            EmmaError: the placeholders are not exactly the visual tokens.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_index
@@ -300,12 +301,12 @@ class EmmaModel(EmmaPreTrainedModel):
         length = self.config.image_seq_length
         for row, tokens in enumerate(per_row):
             if tokens % length:
-                raise ValueError(
+                raise EmmaError(
                     f"Image features and image tokens do not match: an image stands for {length} placeholder tokens, "
                     f"but row {row} holds {tokens}. Do not cut a prompt inside an image; raise `max_length`."
                 )
         if sum(per_row) != expected:
-            raise ValueError(
+            raise EmmaError(
                 f"Image features and image tokens do not match: {sum(per_row)} tokens (images per row: "
                 f"{[tokens // length for tokens in per_row]}), but {expected} features ({expected // length} images). "
                 "Pass one image for each `<image>` in the prompts, in their order."
@@ -342,11 +343,11 @@ class EmmaModel(EmmaPreTrainedModel):
                 the vision tower.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, or of the image inputs; numbers of images,
+            EmmaError: both or neither of `input_ids` and `inputs_embeds`, or of the image inputs; numbers of images,
                 instructions and placeholders that differ; tensors of a wrong shape or dtype.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+            raise EmmaError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -356,7 +357,7 @@ class EmmaModel(EmmaPreTrainedModel):
         image_outputs = None
         if image_features is not None:
             if any(value is not None for value in given):
-                raise ValueError(
+                raise EmmaError(
                     "`image_features` stand in place of `pixel_values`, `vision_features` and "
                     "`instruction_input_ids`: pass them alone."
                 )
@@ -426,12 +427,12 @@ class EmmaModel(EmmaPreTrainedModel):
         vision_features: torch.Tensor | None,
     ) -> None:
         if (pixel_values is None) == (vision_features is None):
-            raise ValueError(
+            raise EmmaError(
                 "Pass exactly one of `pixel_values` and `vision_features`: got "
                 f"{'neither' if pixel_values is None else 'both'}."
             )
         if instruction_input_ids is None:
-            raise ValueError(
+            raise EmmaError(
                 "EMMA reads the instruction into the visual tokens: pass `instruction_input_ids` (images, "
                 f"{self.config.instruction_length}) with the images, as the processor returns them."
             )
@@ -442,7 +443,7 @@ class EmmaModel(EmmaPreTrainedModel):
         images = vision_features if pixel_values is None else pixel_values
         assert images is not None
         if images.shape[0] != instruction_input_ids.shape[0]:
-            raise ValueError(
+            raise EmmaError(
                 f"Each image has one row of instruction tokens: got {images.shape[0]} images and "
                 f"{instruction_input_ids.shape[0]} rows of `instruction_input_ids`."
             )
@@ -450,19 +451,19 @@ class EmmaModel(EmmaPreTrainedModel):
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         size = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise ValueError(
+            raise EmmaError(
                 f"`pixel_values` must be (images, 3, {size}, {size}): got {tuple(pixel_values.shape)}. "
                 "Prepare the images with the processor."
             )
         if not pixel_values.is_floating_point():
-            raise ValueError(
+            raise EmmaError(
                 f"`pixel_values` must be floating point, normalised by the processor: got {pixel_values.dtype}."
             )
 
     def _check_features(self, name: str, features: torch.Tensor, width: int) -> None:
         expected = (self.config.image_seq_length, width)
         if features.ndim != 3 or tuple(features.shape[1:]) != expected or not features.is_floating_point():
-            raise ValueError(
+            raise EmmaError(
                 f"`{name}` must be floating point (images, {expected[0]}, {expected[1]}): got {features.dtype} "
                 f"{tuple(features.shape)}."
             )
@@ -470,14 +471,14 @@ class EmmaModel(EmmaPreTrainedModel):
     def _check_instruction_ids(self, ids: torch.Tensor) -> None:
         length, vocab_size = self.config.instruction_length, self.config.instruction_config.vocab_size
         if ids.ndim != 2 or ids.shape[1] != length or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
+            raise EmmaError(
                 f"`instruction_input_ids` must be integers (images, {length}): got {ids.dtype} {tuple(ids.shape)}. "
                 "The processor pads and cuts every instruction to that length."
             )
         if not torch.compiler.is_compiling() and ids.numel() and not ids.is_meta:
             low, high = (int(value) for value in ids.aminmax())
             if low < 0 or high >= vocab_size:
-                raise ValueError(
+                raise EmmaError(
                     f"`instruction_input_ids` must lie in the instruction encoder's vocabulary, 0 to {vocab_size - 1}: "
                     f"got ids from {low} to {high}. Use the instruction tokenizer that belongs to this model."
                 )

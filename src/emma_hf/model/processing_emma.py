@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .compat_emma import PROCESSOR_CLASS_ATTRIBUTES, chat_template_kwargs, only_primary_attributes
 from .configuration_emma import AUTO_MAP, copy_hub_files
+from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
     PLACEHOLDER_ESCAPE,
@@ -75,7 +76,7 @@ class EmmaProcessor(ProcessorMixin):
             keeps its cache), or `"last"`, the latest user turn.
 
     Raises:
-        ValueError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
+        EmmaError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
     """
 
     valid_processor_kwargs = EmmaProcessorKwargs
@@ -103,11 +104,11 @@ class EmmaProcessor(ProcessorMixin):
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
         )
         if instruction_turn not in ("image", "last"):
-            raise ValueError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
+            raise EmmaError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
         if tokenizer is not None:
             self._check_tokenizer()
         if instruction_tokenizer is not None and "a</w>" not in instruction_tokenizer.get_vocab():
-            raise ValueError(
+            raise EmmaError(
                 "`instruction_tokenizer` must be CLIP's, whose words end in `</w>`: got "
                 f"{type(instruction_tokenizer).__name__}. In a folder it lies in `instruction_tokenizer/`."
             )
@@ -115,7 +116,7 @@ class EmmaProcessor(ProcessorMixin):
     def _check_tokenizer(self) -> None:
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         if image_id is None or image_id == self.tokenizer.unk_token_id:
-            raise ValueError(
+            raise EmmaError(
                 f"`tokenizer` must know the placeholder {self.image_token!r} as one token: got "
                 f"{type(self.tokenizer).__name__} without it. Add it with "
                 f"`tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)` and a row in the model."
@@ -149,12 +150,12 @@ class EmmaProcessor(ProcessorMixin):
             `instruction_input_ids` (pictures, instruction_length), each where its input is given.
 
         Raises:
-            ValueError: placeholders, pictures and instructions that differ in number, truncation that would cut a
+            EmmaError: placeholders, pictures and instructions that differ in number, truncation that would cut a
                 picture, a picture that cannot be read.
             FileNotFoundError: a path that does not exist.
         """
         if text is None and images is None:
-            raise ValueError("Pass `text`, `images` or both: got neither.")
+            raise EmmaError("Pass `text`, `images` or both: got neither.")
         # The marks of `sanitize_control_tokens` are understood wherever they stand.
         kwargs.pop("sanitize_control_tokens", None)
         merged = self._merge_kwargs(
@@ -240,7 +241,7 @@ class EmmaProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
             kind = type(text).__name__ if not isinstance(text, (list, tuple)) else [type(p).__name__ for p in text]
-            raise ValueError(f"`text` must be a string or a list of at least one string: got {kind}.")
+            raise EmmaError(f"`text` must be a string or a list of at least one string: got {kind}.")
         return [unmark_control_tokens(prompt) for prompt in prompts]
 
     def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
@@ -254,19 +255,19 @@ class EmmaProcessor(ProcessorMixin):
                 flat = rows[0]
                 ends = list(accumulate(counts))
                 if len(flat) != ends[-1]:
-                    raise ValueError(
+                    raise EmmaError(
                         f"Each `{self.image_token}` in the prompts stands for one image: got {ends[-1]} placeholders "
                         f"(per prompt: {counts}) and {len(flat)} images. Write one `{self.image_token}` per image."
                     )
                 return flat
         if len(rows) != len(counts):
-            raise ValueError(
+            raise EmmaError(
                 f"A list of images per prompt must have as many lists as there are prompts: got {len(rows)} lists and "
                 f"{len(counts)} prompts."
             )
         for row, (found, given) in enumerate(zip(counts, rows)):
             if found != len(given):
-                raise ValueError(
+                raise EmmaError(
                     f"Each `{self.image_token}` in the prompts stands for one image: prompt {row} holds {found} "
                     f"placeholders and comes with {len(given)} images. Write one `{self.image_token}` per image."
                 )
@@ -290,7 +291,7 @@ class EmmaProcessor(ProcessorMixin):
         if isinstance(instructions, str):
             return [instructions] * sum(counts)
         if not isinstance(instructions, (list, tuple)):
-            raise ValueError(
+            raise EmmaError(
                 "`instructions` must be a string, a list of strings or a list of lists of strings: got "
                 f"{type(instructions).__name__}."
             )
@@ -303,12 +304,12 @@ class EmmaProcessor(ProcessorMixin):
         else:
             rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
         if len(rows) != len(counts) or (len(instructions) != len(rows) and len(counts) > 1):
-            raise ValueError(
+            raise EmmaError(
                 f"`instructions` must have one entry per prompt: got {len(instructions)} for {len(counts)} prompts."
             )
         for row, (given, count) in enumerate(zip(rows, counts)):
             if len(given) != count:
-                raise ValueError(
+                raise EmmaError(
                     f"Each image has one instruction: prompt {row} has {count} images and {len(given)} instructions. "
                     "Pass one string per image, or one string for all."
                 )
@@ -337,7 +338,7 @@ class EmmaProcessor(ProcessorMixin):
         # Padding is a step of its own here; 4.57 advises against that for every fast tokenizer.
         getattr(self.tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
         if padding and self.tokenizer.pad_token_id is None:
-            raise ValueError(
+            raise EmmaError(
                 "Padding needs a padding token, which the tokenizer lacks: set `processor.tokenizer.pad_token`."
             )
         batch = self.tokenizer.pad(
@@ -394,7 +395,7 @@ class EmmaProcessor(ProcessorMixin):
             return [], []
         if not self.tokenizer.is_fast:
             if PLACEHOLDER_ESCAPE in piece:
-                raise ValueError(
+                raise EmmaError(
                     f"A text that holds {self.image_token!r} as words needs a fast tokenizer: got "
                     f"{type(self.tokenizer).__name__}. Load it through AutoTokenizer."
                 )
@@ -424,7 +425,7 @@ class EmmaProcessor(ProcessorMixin):
         left = self.tokenizer.truncation_side == "left"
         cut = ids[:excess] if left else ids[limit:]
         if self.image_token_id in cut:
-            raise ValueError(
+            raise EmmaError(
                 f"Truncation must not cut an image: prompt {row} has {len(ids)} tokens and would lose "
                 f"{cut.count(self.image_token_id)} of its {ids.count(self.image_token_id)} image tokens at "
                 f"max_length={limit}. Raise `max_length` or shorten the prompt."
@@ -530,7 +531,7 @@ def _rows_of(images: Any) -> list[list[Any]]:
 def _check_rectangular(rows: list[list[int]]) -> None:
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
-        raise ValueError(
+        raise EmmaError(
             f"Prompts of different lengths cannot make one tensor: got {lengths} tokens. Pass `padding=True`."
         )
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from .errors_emma import EmmaError
 from .loading_emma import loading_errors
 
 # All but the language model's layers keep their dtype. With and without the name of the base model, because
@@ -30,11 +31,11 @@ def bitsandbytes_config(bits: str) -> BitsAndBytesConfig:
         bits: `4bit` or `8bit`.
 
     Raises:
-        ValueError: another word.
-        ImportError: bitsandbytes is missing or too old.
+        EmmaError: another word.
+        MissingPackageError: bitsandbytes is missing or too old.
     """
     if bits not in ("4bit", "8bit"):
-        raise ValueError(f"`quantization` must be 4bit or 8bit: got {bits!r}.")
+        raise EmmaError(f"`quantization` must be 4bit or 8bit: got {bits!r}.")
     with loading_errors(bits):
         if bits == "8bit":
             return BitsAndBytesConfig(load_in_8bit=True)
@@ -57,7 +58,7 @@ def with_whole_parts(kwargs: dict[str, Any]) -> dict[str, Any]:
     config = kwargs.pop("quantization_config", None)
     if kwargs.get("load_in_4bit") or kwargs.get("load_in_8bit"):
         if config is not None:
-            raise ValueError(
+            raise EmmaError(
                 "`load_in_4bit` and `load_in_8bit` are short for a `quantization_config`: got both. Set them in "
                 "the config."
             )
@@ -81,7 +82,7 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
         quantization_config: an object or its dictionary.
 
     Raises:
-        ValueError: a linear layer with a size that is no multiple of 64.
+        EmmaError: a linear layer with a size that is no multiple of 64.
     """
     values = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
     if not (values.get("load_in_4bit") or values.get("_load_in_4bit")):
@@ -95,7 +96,7 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
             and not whole
             and (module.in_features % _PACKED or module.out_features % _PACKED)
         ):
-            raise ValueError(
+            raise EmmaError(
                 f"4-bit loading needs layers whose sizes are multiples of {_PACKED}: `{name}` has {module.in_features} "
                 f"inputs and {module.out_features} outputs. Name it in `llm_int8_skip_modules`, or load in 8 bits."
             )

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..model.errors_emma import EmmaError
+
 # Formats of pictures on the web. Pillow reads many more, some of them by starting other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FETCH_SECONDS = 10
@@ -32,7 +34,7 @@ ROLES = ("system", "user", "assistant")
 STOPS = 4
 
 
-class RequestError(ValueError):
+class RequestError(EmmaError):
     """A request that cannot be answered, through no fault of the server.
 
     Args:

@@ -20,12 +20,13 @@ import torch
 import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from .requests import ChatRequest, Limits, RequestError, read_request
 
 if int(transformers.__version__.split(".")[0]) < 5:
-    raise ImportError(
+    raise MissingPackageError(
         f"`emma-hf serve` needs the server of Transformers 5: got Transformers {transformers.__version__}. Install it "
         'with `pip install "emma-hf[serve]" "transformers>=5.23"`.'
     )
@@ -40,7 +41,7 @@ try:
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState, Modality
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackageError(
         f"`emma-hf serve` needs FastAPI, uvicorn and openai beside Transformers 5.23 or newer: {error}. Install them "
         'with `pip install "emma-hf[serve]"`.'
     ) from error
@@ -79,13 +80,13 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket bound to `host` and `port` (0: any free one).
 
     Raises:
-        ValueError: an address that is not this machine's, or a port in use.
+        EmmaError: an address that is not this machine's, or a port in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise ValueError(
+        raise EmmaError(
             f"`--host` and `--port` must name an address of this machine that is free: got {host}:{port} ({error})."
         ) from error
 

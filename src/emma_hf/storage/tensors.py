@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..model.errors_emma import EmmaError
+
 # Bytes copied at a time.
 BLOCK = 16 << 20
 
@@ -56,7 +58,7 @@ class StoredTensor:
             while left:
                 block = file.read(min(BLOCK, left))
                 if not block:
-                    raise ValueError(f"{self.path} ends inside a tensor: the file is truncated. Fetch it again.")
+                    raise EmmaError(f"{self.path} ends inside a tensor: the file is truncated. Fetch it again.")
                 left -= len(block)
                 yield block
 
@@ -75,7 +77,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: there is none, or the index names a file that is not there.
-        ValueError: a file that is truncated or not what its name says.
+        EmmaError: a file that is truncated or not what its name says.
     """
     for index_name, read in ((INDEX_NAME, read_safetensors), ("pytorch_model.bin.index.json", read_pickle)):
         if (folder / index_name).is_file():
@@ -93,7 +95,7 @@ def _read_shards(folder: Path, index_name: str, read) -> dict[str, StoredTensor]
     try:
         weight_map = json.loads((folder / index_name).read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / index_name} is not an index of weights ({error}). Fetch it again.") from error
+        raise EmmaError(f"{folder / index_name} is not an index of weights ({error}). Fetch it again.") from error
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (folder / name).is_file():
@@ -101,7 +103,7 @@ def _read_shards(folder: Path, index_name: str, read) -> dict[str, StoredTensor]
         tensors.update(read(folder / name))
     lacking = sorted(set(weight_map) - set(tensors))
     if lacking:
-        raise ValueError(
+        raise EmmaError(
             f"{index_name} names {len(lacking)} tensors that its shards lack, first {lacking[0]!r}. Fetch them again."
         )
     return tensors
@@ -113,23 +115,23 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is truncated: {size} bytes do not hold its header. Fetch it again.")
+            raise EmmaError(f"{path} is truncated: {size} bytes do not hold its header. Fetch it again.")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}). Fetch it again.") from error
+            raise EmmaError(f"{path} is not a safetensors file ({error}). Fetch it again.") from error
     header.pop("__metadata__", None)
     tensors, end = {}, 8 + length
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: the tensor {name!r} has dtype {entry['dtype']}, which is not supported.")
+            raise EmmaError(f"{path}: the tensor {name!r} has dtype {entry['dtype']}, which is not supported.")
         start, stop = (8 + length + offset for offset in entry["data_offsets"])
         tensors[name] = StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, start)
         if tensors[name].nbytes != stop - start:
-            raise ValueError(f"{path}: the tensor {name!r} has another size than its shape says. Fetch it again.")
+            raise EmmaError(f"{path}: the tensor {name!r} has another size than its shape says. Fetch it again.")
         end = max(end, stop)
     if end != size:
-        raise ValueError(f"{path} is truncated: its header speaks of {end} bytes, it has {size}. Fetch it again.")
+        raise EmmaError(f"{path} is truncated: its header speaks of {end} bytes, it has {size}. Fetch it again.")
     return tensors
 
 
@@ -137,18 +139,18 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one of the authors' own `.bin` files. Nothing but tensors is unpickled.
 
     Raises:
-        ValueError: a file that holds anything else, code for instance, or is damaged.
+        EmmaError: a file that holds anything else, code for instance, or is damaged.
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
+        raise EmmaError(
             f"{path} cannot be read as tensors alone, and nothing else in it is run ({reason}). Fetch it again from "
             "where you trust."
         ) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} must hold a dictionary of tensors: got something else. Fetch it again.")
+        raise EmmaError(f"{path} must hold a dictionary of tensors: got something else. Fetch it again.")
     return {name: in_memory(tensor) for name, tensor in state_dict.items()}
 
 
@@ -277,7 +279,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of `5GB`, `256MB` and the like, by thousands as in Transformers.
 
     Raises:
-        ValueError: not such a size, or not positive.
+        EmmaError: not such a size, or not positive.
     """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     text = str(size).strip().upper()
@@ -292,7 +294,7 @@ def parse_size(size: int | str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise ValueError(f"A shard size must be positive, such as 5GB or 256MB: got {size!r}.")
+        raise EmmaError(f"A shard size must be positive, such as 5GB or 256MB: got {size!r}.")
     return value
 
 

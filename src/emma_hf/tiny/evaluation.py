@@ -202,7 +202,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Draw the shares of right answers with their intervals.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     figures = {name: row for name, row in result["accuracy"].items() if row["of"]}
     figure = figure_class()(figsize=(8, 4.5), layout="constrained")

@@ -32,6 +32,7 @@ from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_token
 from ..data.datasets import IGNORED, SYSTEM
 from ..model.compat_emma import WARMUP_SHARE, core_of
 from ..model.configuration_emma import EmmaConfig
+from ..model.errors_emma import EmmaError
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.instruction_emma import encode_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
@@ -100,15 +101,15 @@ def train_tiny(
         The folder of the model.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: a step cannot be shared evenly.
+        MissingPackageError: matplotlib is not installed.
+        EmmaError: a step cannot be shared evenly.
     """
     figure_class()
     output = Path(output)
     processes = PartialState(cpu=not torch.cuda.is_available())
     for rows in (budget.clip_groups, budget.batch_size):
         if rows % processes.num_processes:
-            raise ValueError(
+            raise EmmaError(
                 f"The {rows} rows of a step must be a multiple of the number of processes: got "
                 f"{processes.num_processes} processes."
             )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..model.compat_emma import WARMUP_SHARE
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.modeling_emma import EmmaForConditionalGeneration, EmmaPreTrainedModel
 
 # The linear layers of the language model and nothing else: `q_proj` alone would also match both CLIP towers.
@@ -56,10 +57,10 @@ def stage_of(name: str) -> Stage:
     """The stage of that name.
 
     Raises:
-        ValueError: no such stage.
+        EmmaError: no such stage.
     """
     if name not in STAGES:
-        raise ValueError(f"`stage` must be one of {', '.join(map(repr, STAGES))}: got {name!r}.")
+        raise EmmaError(f"`stage` must be one of {', '.join(map(repr, STAGES))}: got {name!r}.")
     return STAGES[name]
 
 
@@ -89,19 +90,19 @@ def prepare(
         `model`, for LoRA wrapped in a `PeftModel`.
 
     Raises:
-        ValueError: an unknown stage, a stage that does not fit the model's quantization, targets that match nothing
+        EmmaError: an unknown stage, a stage that does not fit the model's quantization, targets that match nothing
             or a tower.
-        ImportError: LoRA without peft.
+        MissingPackageError: LoRA without peft.
     """
     stage_of(stage)
     quantized = bool(getattr(model, "is_quantized", False))
     if stage == "qlora" and not quantized:
-        raise ValueError(
+        raise EmmaError(
             "`stage='qlora'` needs a quantized model: got one in full precision. Load it with `quantization_config=`, "
             "or use 'lora'."
         )
     if stage in ("finetune", "lora") and quantized:
-        raise ValueError(f"`stage={stage!r}` needs weights in full precision: got a quantized model. Use 'qlora'.")
+        raise EmmaError(f"`stage={stage!r}` needs weights in full precision: got a quantized model. Use 'qlora'.")
     model.requires_grad_(False)
     if stage in ("lora", "qlora"):
         model = _with_adapter(model, lora_r, lora_alpha, lora_dropout, lora_targets)
@@ -118,19 +119,19 @@ def _with_adapter(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError('LoRA needs peft: install it with `pip install "emma-hf[train]"`.') from error
+        raise MissingPackageError('LoRA needs peft: install it with `pip install "emma-hf[train]"`.') from error
     matched = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _is_in(name, targets)
     ]
     if not matched:
         example = next(name for name, _ in model.named_modules() if _is_in(name, LORA_TARGETS))
-        raise ValueError(
+        raise EmmaError(
             f"`lora_targets` must match linear layers of the language model: {targets!r} matches none. They are called "
             f"like {example!r}."
         )
     outside = [name for name in matched if "language_model." not in name]
     if outside:
-        raise ValueError(
+        raise EmmaError(
             f"`lora_targets` must match the language model only, since CLIP stays frozen: {targets!r} also matches "
             f"{outside[0]!r} and {len(outside) - 1} more. Use `emma_hf.training.LORA_TARGETS`."
         )
@@ -183,7 +184,7 @@ def parameter_groups(
         decays: `Trainer` exempts biases and norms.
 
     Raises:
-        ValueError: nothing to train.
+        EmmaError: nothing to train.
     """
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -191,5 +192,5 @@ def parameter_groups(
             rate = projector_learning_rate if is_fusion(name) else learning_rate
             groups.setdefault((rate, weight_decay if decays(name) else 0.0), []).append(parameter)
     if not groups:
-        raise ValueError("No weight of this model is trained. Call `emma_hf.training.prepare(model, stage)` first.")
+        raise EmmaError("No weight of this model is trained. Call `emma_hf.training.prepare(model, stage)` first.")
     return [{"params": values, "lr": rate, "weight_decay": decay} for (rate, decay), values in groups.items()]

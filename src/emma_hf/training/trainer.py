@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..data.datasets import IGNORED, DataCollator
 from ..integrations.liger import register_with_liger
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.processing_emma import EmmaProcessor
 from .stages import parameter_groups
 
@@ -191,12 +192,12 @@ def figure_class() -> Any:
     """matplotlib's `Figure`; what draws at its end asks for it at its beginning.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Plots need matplotlib: install it with `pip install "emma-hf[train]"`.') from error
+        raise MissingPackageError('Plots need matplotlib: install it with `pip install "emma-hf[train]"`.') from error
     return Figure
 
 
@@ -209,8 +210,8 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "
         unit: of the loss.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no loss in the history.
+        MissingPackageError: matplotlib is not installed.
+        EmmaError: no loss in the history.
     """
     figure = figure_class()(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -219,7 +220,7 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "
         if points:
             axes.plot(*zip(*points), style, label=label, markersize=4)
     if not axes.lines:
-        raise ValueError("There is no loss to draw: the history holds none. Log at least once (`logging_steps`).")
+        raise EmmaError("There is no loss to draw: the history holds none. Log at least once (`logging_steps`).")
     axes.set(xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
