@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.helpers import save_trainable
+from support.models import save_trainable
 
 import emma_hf
 from emma_hf.conversion import convert

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from support.helpers import IMAGE_TOKENS
+from support.recorded import IMAGE_TOKENS
 
 from emma_hf.data import ChatDataset, ConversationDataset, DataCollator, encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction

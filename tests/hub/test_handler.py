@@ -6,7 +6,7 @@ import json
 
 import pytest
 from PIL import Image
-from support.helpers import run_python
+from support.processes import run_python
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.hub import export

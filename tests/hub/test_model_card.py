@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
-from support.helpers import tiny_config
+from support.models import tiny_config
 
 from emma_hf import EMMA_TINY, EmmaConfig
-from emma_hf.hub.model_card import check_card, is_released_shape, measured, model_card, packaged
+from emma_hf.hub.model_card import check_card, is_released_shape, measured, packaged, render_card
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = ROOT / "examples" / "emma-tiny" / "evaluation.json"
@@ -31,7 +31,7 @@ def source(tmp_path) -> Path:
 
 
 def test_the_card_of_the_released_model(source):
-    card, linked = model_card(source, EmmaConfig(), "me/my-emma")
+    card, linked = render_card(source, EmmaConfig(), "me/my-emma")
     check_card(card)
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "image-text-to-text")
@@ -46,7 +46,7 @@ def test_the_card_of_the_released_model(source):
 
 
 def test_the_papers_figures_are_cited_as_the_papers(source):
-    card, _ = model_card(source, EmmaConfig(), "emma-7b")
+    card, _ = render_card(source, EmmaConfig(), "emma-7b")
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "emma-7b"
     assert [result.metric_value for result in results] == PAPER
@@ -61,7 +61,7 @@ def test_the_papers_figures_are_cited_as_the_papers(source):
 
 def test_a_model_of_another_shape_is_not_called_the_released_one(source):
     assert is_released_shape(EmmaConfig()) and not is_released_shape(tiny_config())
-    card, _ = model_card(source, tiny_config(), "me/small")
+    card, _ = render_card(source, tiny_config(), "me/small")
     check_card(card)
     data = card.data.to_dict()
     assert data.keys().isdisjoint({"model-index", "base_model", "datasets", "license", "license_name", "license_link"})
@@ -70,7 +70,7 @@ def test_a_model_of_another_shape_is_not_called_the_released_one(source):
 
 
 def test_the_figures_of_emma_tiny_are_those_of_its_evaluation():
-    card, _ = model_card(EMMA_TINY, EmmaConfig.from_pretrained(EMMA_TINY), "org/emma-tiny", EVALUATION)
+    card, _ = render_card(EMMA_TINY, EmmaConfig.from_pretrained(EMMA_TINY), "org/emma-tiny", EVALUATION)
     check_card(card)
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     recorded = json.loads(EVALUATION.read_text())
@@ -85,7 +85,7 @@ def test_the_figures_of_emma_tiny_are_those_of_its_evaluation():
 
 
 def test_the_widget_shows_picture_question_and_answer(source):
-    card, _ = model_card(source, EmmaConfig(), "emma-7b", examples=[("widget/a.png", "What?", "A hat.")])
+    card, _ = render_card(source, EmmaConfig(), "emma-7b", examples=[("widget/a.png", "What?", "A hat.")])
     check_card(card)
     (example,) = card.data.to_dict()["widget"]
     assert example == {"src": "widget/a.png", "text": "What?", "output": {"text": "A hat."}}
@@ -95,7 +95,7 @@ def test_metadata_of_the_users_own_card_stays(source):
     (source / "README.md").write_text(
         "---\nlicense: mit\ntags: [mine]\npipeline_tag: visual-question-answering\n---\n# My\n"
     )
-    card, _ = model_card(source, EmmaConfig(), "me/mine")
+    card, _ = render_card(source, EmmaConfig(), "me/mine")
     data = card.data.to_dict()
     assert data["license"] == "mit" and data["pipeline_tag"] == "visual-question-answering"
     assert data["tags"][0] == "mine" and "emma" in data["tags"] and data["library_name"] == "transformers"

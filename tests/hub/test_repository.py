@@ -14,8 +14,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, constants
 from PIL import Image
-from support.helpers import run_python
 from support.hub_server import HubServer
+from support.processes import run_python
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from support.helpers import save_rows, tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
+from support.rows import save_rows
 from torch import nn
 from transformers import TrainingArguments
 from transformers.models.llama import modeling_llama

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from support.helpers import OFFLINE, save_listening
+from support.models import save_listening
+from support.processes import OFFLINE
 
 SCRIPT = r'''
 import json, re, sys

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from support.helpers import OFFLINE, save_listening
+from support.models import save_listening
+from support.processes import OFFLINE
 
 from emma_hf.integrations.vllm_plugin import only_missing, register, with_instructions
 

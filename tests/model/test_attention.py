@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.helpers import tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
 from transformers.generation import CompileConfig
 from transformers.utils.import_utils import is_kernels_available
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.helpers import run_python, tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
+from support.processes import run_python
 
 import emma_hf
 from emma_hf import EmmaForConditionalGeneration

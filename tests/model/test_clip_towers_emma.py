@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from support.helpers import tiny_config, tiny_inputs, tiny_model
+from support.models import tiny_config, tiny_inputs, tiny_model
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from emma_hf import EmmaForConditionalGeneration

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import transformers
-from support.helpers import tiny_config
+from support.models import tiny_config
 
 from emma_hf import EmmaConfig
 from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 from safetensors import safe_open
-from support.helpers import run_processes, tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
+from support.processes import run_processes
 
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.training import prepare
@@ -14,7 +15,7 @@ STEP = """
 import sys
 import torch
 import torch.distributed as dist
-from support.helpers import tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
 from emma_hf.training import prepare
 
 output, engine = sys.argv[1:]

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.helpers import tiny_config, tiny_inputs, tiny_model
+from support.models import tiny_config, tiny_inputs, tiny_model
 from torch import nn
 
 from emma_hf import EmmaForConditionalGeneration

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import recorded_inputs, tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
+from support.recorded import recorded_inputs
 from transformers import TextIteratorStreamer
 
 from emma_hf.model.compat_emma import CACHE_NAME

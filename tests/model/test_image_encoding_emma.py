@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.helpers import tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.model.execution_emma import both, distinct_rows

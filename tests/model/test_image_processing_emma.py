@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from support.helpers import run_python
+from support.processes import run_python
 
 from emma_hf import EmmaImageProcessor
 from emma_hf.model.image_processing_emma import _pad_and_resize

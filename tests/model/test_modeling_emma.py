@@ -5,16 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
-from support.helpers import (
-    AUTHORS_VOCABULARY,
-    GRADIENTS,
-    authors_loss,
-    recorded_inputs,
-    recorded_labels,
-    tiny_config,
-    tiny_inputs,
-    tiny_model,
-)
+from support.models import tiny_config, tiny_inputs, tiny_model
+from support.recorded import AUTHORS_VOCABULARY, GRADIENTS, authors_loss, recorded_inputs, recorded_labels
 from torch.nn import functional
 
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration, EmmaModel

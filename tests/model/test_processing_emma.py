@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.helpers import IMAGE_TOKENS, recorded_inputs
+from support.recorded import IMAGE_TOKENS, recorded_inputs
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from support.helpers import tiny_config
+from support.models import tiny_config
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 

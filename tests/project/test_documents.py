@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.helpers import save_rows
 from support.hub_server import HubServer
+from support.rows import save_rows
 
 ROOT = Path(__file__).parents[2]
 

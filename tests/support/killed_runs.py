@@ -1,4 +1,4 @@
-"""Train, be killed, and go on: the script that `test_crash_safety.py` runs.
+"""Train, be killed, and go on: the script that `training/test_checkpoints.py` runs.
 
     python killed_runs.py KIND MODEL ROWS IMAGES OUTPUT STEPS SEED KILLS
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from support.helpers import save_rows
+from support.rows import save_rows
 
 from emma_hf.cli import main
 from emma_hf.data import ConversationDataset, DataCollator

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.helpers import OFFLINE, run_processes, save_rows
+from support.processes import OFFLINE, run_processes
+from support.rows import save_rows
 
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.modeling_emma import EmmaForConditionalGeneration

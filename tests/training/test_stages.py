@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.helpers import tiny_inputs, tiny_model
+from support.models import tiny_inputs, tiny_model
 from transformers import TrainingArguments
 
 from emma_hf.training import LORA_TARGETS, STAGES, parameter_groups, prepare

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.helpers import GRADIENTS, authors_loss, recorded_inputs, recorded_labels, save_rows
+from support.recorded import GRADIENTS, authors_loss, recorded_inputs, recorded_labels
+from support.rows import save_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emma_hf import EmmaForConditionalGeneration

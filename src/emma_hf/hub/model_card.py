@@ -34,7 +34,7 @@ def packaged(name: str) -> Path:
     raise FileNotFoundError(f"This installation of emma-hf lacks {name}. Install the package again.")
 
 
-def model_card(
+def render_card(
     source: Path,
     config: EmmaConfig,
     name: str,

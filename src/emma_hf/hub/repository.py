@@ -26,7 +26,7 @@ from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..storage.tensors import parse_size, read_checkpoint, write_shards
-from .model_card import CARD_NAME, check_card, model_card, packaged
+from .model_card import CARD_NAME, check_card, packaged, render_card
 from .verification import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -106,7 +106,7 @@ def export(
             examples = examples or _drawn_examples(target)
             evaluation = evaluation or packaged(EVALUATION)
         answered = _answered(examples, target)
-        card, linked = model_card(
+        card, linked = render_card(
             source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
         )
         for name, path in linked.items():
