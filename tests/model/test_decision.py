@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import run_python
+from support.processes import run_python
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.instruction_emma import PLACEHOLDER_ESCAPE
-from emma_hf.scenes import Scene, draw
+from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE
+from emma_hf.tiny.scenes import Scene, draw
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers.decision") is None, reason="Transformers before 5.24 decides nothing"
