@@ -7,7 +7,7 @@ import torch
 from support.models import tiny_inputs, tiny_model
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.model.execution_emma import both, distinct_rows
+from emma_hf.model.execution_emma import distinct_rows
 from emma_hf.tiny.scenes import Scene, draw
 
 QUESTIONS = ("What colour is the star?", "How many circles are there?", "Is there a heart?")
@@ -138,22 +138,3 @@ def test_distinct_rows():
     assert same is not None and torch.equal(same, ids[:2]) and none is None
     same, none = distinct_rows(ids.to("meta"))
     assert same.is_meta and none is None
-
-
-def test_towers_one_after_the_other_without_cuda():
-    order = []
-    found = both(
-        lambda: order.append(1) or torch.ones(1), lambda: order.append(2) or torch.zeros(1), torch.device("cpu")
-    )
-    assert order == [1, 2] and [value.item() for value in found] == [1, 0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_towers_side_by_side_on_cuda():
-    model = tiny_model().cuda()
-    inputs = tiny_inputs(model, images=(2,))
-    pixels, ids = inputs["pixel_values"].cuda(), inputs["instruction_input_ids"].cuda()
-    expected = model.get_image_features(pixels, ids).pooler_output.detach()
-    with torch.no_grad():
-        for _ in range(20):
-            torch.testing.assert_close(model.get_image_features(pixels, ids).pooler_output, expected)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_python
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from support.processes import run_python
 
 from emma_hf import EMMA_TINY, AutoModelForVision2Seq, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
