@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import transformers
-from helpers import run_python
 from packaging.requirements import Requirement
+from support.processes import run_python
 
 import emma_hf
 from emma_hf.cli import main
-from emma_hf.compat_emma import NEWEST_TESTED_TRANSFORMERS, TRANSFORMERS_5, untested_warning
-from emma_hf.hub import REQUIREMENTS
+from emma_hf.hub.repository import REQUIREMENTS
+from emma_hf.model.compat_emma import NEWEST_TESTED_TRANSFORMERS, TRANSFORMERS_5, untested_warning
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEWER = f"5.{int(NEWEST_TESTED_TRANSFORMERS.removeprefix('5.')) + 1}.0"
 SUPPORTED = [
     "4.57.6",
