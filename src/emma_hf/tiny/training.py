@@ -351,9 +351,9 @@ def clip_model(processor: EmmaProcessor, seed: int) -> CLIPModel:
     text = CLIPTextConfig(**INSTRUCTION, vocab_size=len(tokenizer), max_position_embeddings=77, **ids)
     vision = CLIPVisionConfig(**VISION, image_size=SIDE, patch_size=PATCH)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
-    # At these small sizes the plain attention is faster than the fused one.
-    config._attn_implementation = "eager"
     model = CLIPModel(config)
+    # At these small sizes the plain attention is faster than the fused one.
+    model.set_attn_implementation("eager")
     # A random place is too small beside a patch: it took thousands of pictures to learn where things are.
     places = core_of(model.vision_model).embeddings.position_embedding.weight
     with torch.no_grad():
