@@ -18,14 +18,10 @@ from ..model.instruction_emma import (
     escape_placeholders,
     training_instruction,
 )
-from ..model.processing_emma import EmmaProcessor
+from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 
 IGNORED = -100
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-)
 
 
 class _Rows(Dataset):
@@ -315,7 +311,7 @@ def encode_conversation(
     turns = _turns(conversation)
     pieces = _plain(turns, processor) if template == "plain" else _vicuna(turns, processor)
     text = "".join(piece for piece, _ in pieces)
-    input_ids, spans = processor._encode_prompt(text, add_special_tokens=True)
+    input_ids, spans = processor.encode_prompt(text)
     learned, position = [], 0
     for piece, learn in pieces:
         if learn:
@@ -363,7 +359,7 @@ def _turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 def _vicuna(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tuple[str, bool]]:
     token = processor.image_token
-    pieces = [] if turns[0][0] == "system" else [(SYSTEM, False)]
+    pieces = [] if turns[0][0] == "system" else [(f"{SYSTEM_PROMPT} ", False)]
     for role, text in turns:
         if role == "system":
             pieces.append((f"{escape_placeholders(text, token)} ", False))

@@ -24,6 +24,12 @@ from .instruction_emma import (
     unmark_control_tokens,
 )
 
+# What a conversation without a system turn begins with; a space follows it.
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
 # The `vicuna_v1` conversation (LLaVA-1.5): a turn's pictures first, each followed by a line break, then its words.
 CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
@@ -36,8 +42,7 @@ CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' -%}
     {{- words(messages[0]['content']) + ' ' -}}
 {%- else -%}
-    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
-    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+    {{- "SYSTEM_PROMPT " -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'user' -%}
@@ -54,7 +59,7 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+""".replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
 
 
 class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -330,7 +335,7 @@ class EmmaProcessor(ProcessorMixin):
         return_text_replacement_offsets: bool = False,
         **ignored: Any,
     ) -> dict[str, Any]:
-        encoded = [self._encode_prompt(prompt, add_special_tokens) for prompt in prompts]
+        encoded = [self.encode_prompt(prompt, add_special_tokens) for prompt in prompts]
         if truncation and truncation != "do_not_truncate":
             limit = self.tokenizer.model_max_length if max_length is None else max_length
             encoded = [self._truncate(ids, offsets, limit, row) for row, (ids, offsets) in enumerate(encoded)]
@@ -359,11 +364,15 @@ class EmmaProcessor(ProcessorMixin):
             ]
         return data
 
-    def _encode_prompt(self, prompt: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of one prompt and the span of each in it.
+    def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of one prompt, each `image_token` expanded, and the span of characters that each id stands for.
 
-        The pieces between pictures are read each as a text of its own, as the authors' `tokenizer_image_token` does:
-        what follows a picture begins as a text begins.
+        The text pieces between images are tokenized separately, as the authors' `tokenizer_image_token` does: what
+        follows an image begins as a text begins.
+
+        Returns:
+            Ids, and for each id the start and end of its characters in `prompt`: all ids of an image have the span of
+            its placeholder, and special tokens that are not in `prompt` an empty span.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -541,4 +550,4 @@ def _padded(values: list, length: int, fill: Any, side: str) -> list:
     return padding + values if side == "left" else values + padding
 
 
-__all__ = ["CHAT_TEMPLATE", "EmmaProcessor"]
+__all__ = ["CHAT_TEMPLATE", "SYSTEM_PROMPT", "EmmaProcessor"]

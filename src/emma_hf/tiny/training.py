@@ -29,14 +29,14 @@ from transformers import (
 
 from ..conversion.converter import generation_config, prompt_tokenizer
 from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
-from ..data.datasets import IGNORED, SYSTEM
+from ..data.datasets import IGNORED
 from ..model.compat_emma import WARMUP_SHARE, core_of
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.instruction_emma import encode_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
-from ..model.processing_emma import EmmaProcessor
+from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 from ..training.checkpoints import CrashSafety, last_complete_checkpoint
 from ..training.stages import prepare
 from ..training.trainer import EmmaTrainer, figure_class, plot_loss
@@ -159,7 +159,9 @@ def tiny_processor(folder: Path) -> EmmaProcessor:
     texts = list(_texts(2000))
     processor = EmmaProcessor(
         EmmaImageProcessor(size=SIDE, crop_size=SIDE),
-        _learn_prompt_tokenizer([f"{SYSTEM}USER: \n{asked} ASSISTANT: {said}" for asked, said in texts], folder),
+        _learn_prompt_tokenizer(
+            [f"{SYSTEM_PROMPT} USER: \n{asked} ASSISTANT: {said}" for asked, said in texts], folder
+        ),
         _learn_instruction_tokenizer([text for pair in texts for text in pair], folder),
         image_seq_length=VISUAL_TOKENS,
     )
