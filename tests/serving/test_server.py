@@ -223,7 +223,9 @@ def test_the_context_is_the_limit(client, tiny):
 
 @serving
 def test_models_and_routes(client):
-    assert [model.id for model in client.models.list()] == ["emma-tiny"]
+    (model,) = client.models.list()
+    assert (model.id, model.owned_by, model.status) == ("emma-tiny", "emma-hf", {"value": "loaded"})
+    assert model.created > 0
     with pytest.raises(openai.NotFoundError, match="This server has /health, .*: got '/v1/responses'"):
         client.responses.create(model="emma-tiny", input="Hello")
     for path in ("/../load_model", "/../reset"):
@@ -264,6 +266,20 @@ def malformed(client):
         client.chat.completions.create(model="emma-tiny", messages=[{"role": "tool", "content": "x"}])
 
 
+def audio_and_video(client):
+    sound = {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}}
+    parts = [
+        sound,
+        *({"type": kind, kind: {"url": "data:video/mp4;base64,QUJD"}} for kind in ("audio_url", "video_url")),
+    ]
+    for part in parts:
+        content = [part, {"type": "text", "text": "What is it?"}]
+        with pytest.raises(openai.BadRequestError, match=f"got '{part['type']}'. The model takes no audio"):
+            client.chat.completions.create(model="emma-tiny", messages=[{"role": "user", "content": content}])
+    with pytest.raises(openai.BadRequestError, match="`modalities` must be .'text'. or left out: got .'text', 'audio'"):
+        ask(client, picture(1), "?", modalities=["text", "audio"], audio={"voice": "alloy", "format": "wav"})
+
+
 def bad_data_url(client):
     with pytest.raises(openai.BadRequestError, match="must be one of PNG"):
         client.chat.completions.create(model="emma-tiny", messages=messages("data:image/png;base64,QUJD", "?"))
@@ -300,6 +316,7 @@ BAD = [
     unknown_model,
     not_json,
     malformed,
+    audio_and_video,
     bad_data_url,
     path_of_the_server,
     gone_while_it_is_answered,

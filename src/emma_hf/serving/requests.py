@@ -192,7 +192,9 @@ def _part(part: Any, role: str, where: str) -> dict[str, Any]:
         return {"type": "text", "text": _text(part.get("text"), f"The text of {where}")}
     if kind != "image_url":
         shown = _shown(part if kind is None else kind)
-        raise RequestError(f"A part of {where} must be of type text or image_url: got {shown}.")
+        raise RequestError(
+            f"A part of {where} must be of type text or image_url: got {shown}. The model takes no audio and no video."
+        )
     if role != "user":
         raise RequestError(f"Pictures belong into messages of the user: got one in {where}, of role {role!r}.")
     url = part.get("image_url")

@@ -8,6 +8,7 @@ that nobody waits for any more is not computed to its end.
 import asyncio
 import contextlib
 import copy
+import inspect
 import logging
 import socket
 import sys
@@ -28,7 +29,7 @@ from .requests import ChatRequest, Limits, RequestError, read_request
 if int(transformers.__version__.split(".")[0]) < 5:
     raise MissingPackageError(
         f"`emma-hf serve` needs the server of Transformers 5: got Transformers {transformers.__version__}. Install it "
-        'with `pip install "emma-hf[serve]" "transformers>=5.23"`.'
+        'with `pip install "emma-hf[serve]" "transformers>=5.16.1"`.'
     )
 try:
     import uvicorn
@@ -39,10 +40,10 @@ try:
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState, Modality
+    from transformers.cli.serving.utils import GenerationState
 except ImportError as error:
     raise MissingPackageError(
-        f"`emma-hf serve` needs FastAPI, uvicorn and openai beside Transformers 5.23 or newer: {error}. Install them "
+        f"`emma-hf serve` needs FastAPI, uvicorn and openai beside Transformers 5.16.1 or newer: {error}. Install them "
         'with `pip install "emma-hf[serve]"`.'
     ) from error
 
@@ -98,7 +99,12 @@ def build_app(
     limits = limits or Limits()
     manager = _OneModel(name, model, processor)
     state = GenerationState()
-    app = build_server(manager, _ChatHandler(manager, state, limits), None, None, None, None, state)
+    # How many other handlers there are differs from version to version; their routes go below.
+    handlers: dict[str, Any] = {
+        name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")
+    }
+    handlers["chat_handler"] = _ChatHandler(manager, state, limits)
+    app = build_server(model_manager=manager, generation_state=state, **handlers)
     # The others load models that a client names, forget them for everybody, or take their requests unchecked.
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     for kind, answer in (
@@ -123,11 +129,12 @@ class _OneModel(ModelManager):
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
         return self._loaded
 
-    def get_gen_models(self, *args: Any) -> list[dict]:
-        return [{"id": self.force_model, "object": "model", "owned_by": "emma-hf", "created": self._created}]
+    def list_models(self, *args: Any) -> list[dict]:
+        model = {"id": self.force_model, "object": "model", "owned_by": "emma-hf", "created": self._created}
+        return [{**model, "status": {"value": "loaded"}}]
 
-    def get_model_modality(self, *args: Any, **kwargs: Any) -> "Modality":
-        return Modality.VLM
+    # Its name in older versions of Transformers.
+    get_gen_models = list_models
 
 
 class _ChatHandler(ChatCompletionHandler):
