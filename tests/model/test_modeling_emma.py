@@ -253,7 +253,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    # Transformers 5.24 deprecates the older name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{kind}_checkpointing_enable")
+    enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
     if reentrant:
         model.enable_input_require_grads()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()

@@ -62,6 +62,9 @@ CHAT_TEMPLATE = """\
 """.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
 
 
+PROMPT_KWARGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+
+
 class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
 
@@ -167,6 +170,8 @@ class EmmaProcessor(ProcessorMixin):
             EmmaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
         )
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
+        text_kwargs.update({name: merged[name] for name in PROMPT_KWARGS if name in merged})
         return_tensors = text_kwargs.pop("return_tensors", None)
         images_kwargs.pop("return_tensors", None)
 
