@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor, HubError
 from emma_hf.conversion import convert, reverse
 from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
@@ -355,7 +355,7 @@ def test_wrong_arguments_are_named(authors, tmp_path, converted):
             function(tmp_path / "there")
     with pytest.raises(FileNotFoundError, match="is neither a folder nor a Hub id"):
         convert(tmp_path / "none", tmp_path / "out", progress=False)
-    with pytest.raises(FileNotFoundError, match="no-such/model is no folder here and cannot be fetched from the Hub"):
+    with pytest.raises(HubError, match="The Hub cannot be reached to read no-such/model"):
         convert("no-such/model", tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="`dtype` must be float32, float16 or bfloat16: got 'int8'"):
         converted_from(authors, tmp_path / "out", dtype="int8")

@@ -17,7 +17,7 @@ from PIL import Image
 from support.hub_server import HubServer
 from support.processes import run_python
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor, HubError
 from emma_hf.cli import main
 from emma_hf.hub.repository import REQUIREMENTS, export, push
 from emma_hf.hub.verification import MANIFEST_NAME, REQUIRED_FILES, _card, check, files_of, manifest_of, read_manifest
@@ -334,20 +334,20 @@ def test_what_goes_wrong_with_the_hub_is_told(hub, exported, monkeypatch, no_wai
     refused("named like org/name: got 'org/a b'", name="org/a b")
     refused("has no right to .*org2/x", name="org2/x")
     hub.create("org2/public")
-    refused(r"no right to write org2/public \(403\)", name="org2/public")
+    refused(r"no right to write org2/public \(403\)", HubError, name="org2/public")
     push(exported, NAME)
     refused("org/emma-tiny has no revision 'v2'.*create_branch", FileNotFoundError, revision="v2")
     refused("exists and is public", private=True)
     # One file is missing there, so that there is something to send.
     hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]].pop("handler.py")
     hub.fail("POST", "/commit/", 412)
-    refused(r"Somebody else changed org/emma-tiny .*\(412\)")
+    refused(r"Somebody else changed org/emma-tiny .*\(412\)", HubError)
     hub.fail("POST", "/commit/", 413)
-    refused(r"The Hub refused to write org/emma-tiny \(413")
+    refused(r"The Hub refused to write org/emma-tiny \(413", HubError)
     monkeypatch.setenv("HF_TOKEN", READER)
-    refused(r"no right to write org/emma-tiny \(403\)")
+    refused(r"no right to write org/emma-tiny \(403\)", HubError)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    refused(r"does not accept the token \(401\)")
+    refused(r"does not accept the token \(401\)", HubError)
     monkeypatch.delenv("HF_TOKEN")
     refused("needs a token: found none. Set HF_TOKEN")
 
@@ -364,13 +364,13 @@ def test_no_network(hub, exported, monkeypatch, tmp_path, no_waiting):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         connect(monkeypatch, f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path / "cache")
-        with pytest.raises(ValueError, match="The Hub cannot be reached .*Nothing was committed"):
+        with pytest.raises(HubError, match="The Hub cannot be reached .*Nothing was committed"):
             push(exported, NAME)
-        with pytest.raises(ValueError, match="The Hub cannot be reached .*HF_ENDPOINT"):
+        with pytest.raises(HubError, match="The Hub cannot be reached .*HF_ENDPOINT"):
             check(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     new_sessions()
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         check(NAME)
 
 

@@ -1,11 +1,9 @@
 """Between the authors' checkpoint layout and a Hub folder of this package, both ways."""
 
-import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config
+from ..storage.folders import new_folder, read_json, write_json
+from ..storage.hub_access import resolve
 from ..storage.tensors import (
     StoredTensor,
     cast,
@@ -125,6 +125,7 @@ def convert(
     Raises:
         EmmaError: unknown or missing weights, damaged files, a variant that cannot run, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
+        HubError: the Hub cannot be reached, or refuses.
         MissingPackageError: with `quantization`, bitsandbytes is missing or too old.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
@@ -137,9 +138,9 @@ def convert(
             model.save_pretrained(folder, max_shard_size=limit)
         return Path(output)
     with new_folder(output) as folder:
-        source = _fetch(source)
-        authors = _read_json(source / "config.json")
-        clip = _fetch(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP)
+        source = resolve(source, CONVERTED_FILES)
+        authors = read_json(source / "config.json")
+        clip = resolve(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)
         config = config_from_authors(authors, _clip_config(clip))
 
         tensors = _renamed(read_checkpoint(source), LANGUAGE_MODEL_KEYS, source)
@@ -185,11 +186,12 @@ def reverse(
     Raises:
         EmmaError: not a model of this package, damaged files, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
+        HubError: the Hub cannot be reached, or refuses.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     with new_folder(output) as folder:
-        source = _fetch(source)
-        values = _read_json(source / "config.json")
+        source = resolve(source, CONVERTED_FILES)
+        values = read_json(source / "config.json")
         if values.get("model_type") != EmmaConfig.model_type:
             raise EmmaError(
                 f"`--reverse` starts from a model of this package (model_type 'emma'): {source} has "
@@ -216,12 +218,12 @@ def reverse(
         language_model, fusion, towers = (_matching(stored, table) for table in tables)
         write_shards(folder, language_model, limit, progress)
         torch.save({name: tensor.load() for name, tensor in fusion.items()}, folder / "vision_tower.bin")
-        _write_json(folder / "config.json", config_to_authors(config, source))
+        write_json(folder / "config.json", config_to_authors(config, source))
         _write_authors_tokenizers(source, folder)
         (folder / "clip").mkdir()
         write_safetensors(folder / "clip" / "model.safetensors", towers)
-        _write_json(folder / "clip" / "config.json", _clip_values(config))
-        _write_json(folder / "clip" / "preprocessor_config.json", _clip_preprocessor(source))
+        write_json(folder / "clip" / "config.json", _clip_values(config))
+        write_json(folder / "clip" / "preprocessor_config.json", _clip_preprocessor(source))
     return Path(output)
 
 
@@ -270,7 +272,7 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
         values["rope_theta"] = rope["rope_theta"]
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         values["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    image_processor = _read_json(folder / "preprocessor_config.json")
+    image_processor = read_json(folder / "preprocessor_config.json")
     dtype = str(config.dtype).removeprefix("torch.")
     return {
         **values,
@@ -293,7 +295,7 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
         "use_mm_proj": True,
         "image_aspect_ratio": "pad" if image_processor.get("do_pad", True) else None,
         "tokenizer_padding_side": "right",
-        "tokenizer_model_max_length": _read_json(folder / "tokenizer_config.json").get("model_max_length", 2048),
+        "tokenizer_model_max_length": read_json(folder / "tokenizer_config.json").get("model_max_length", 2048),
     }
 
 
@@ -394,7 +396,7 @@ def _checked(tensors: dict[str, StoredTensor], config: EmmaConfig, folder: Path)
 
 def _processor(source: Path, clip: Path, authors: dict[str, Any], config: EmmaConfig) -> EmmaProcessor:
     preprocessor = clip / "preprocessor_config.json"
-    values = _read_json(preprocessor) if preprocessor.is_file() else {}
+    values = read_json(preprocessor) if preprocessor.is_file() else {}
     side = config.vision_config.image_size
     image_processor = EmmaImageProcessor(
         do_pad=authors.get("image_aspect_ratio") == "pad",
@@ -423,14 +425,14 @@ def prompt_tokenizer(source: Path, authors: dict[str, Any], rows: int) -> Any:
         path = source / "tokenizer_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{source} lacks tokenizer_config.json. Fetch the tokenizer's files, too.")
-        values = _read_json(path)
+        values = read_json(path)
         # Rows of a batch must end together to be continued; the authors pad at the right, for training.
         values["padding_side"] = "left"
         # Where a checkpoint is silent, the Transformers of the authors reads it so.
         values.setdefault("legacy", True)
         values.setdefault("add_bos_token", True)
         values.setdefault("model_max_length", authors.get("tokenizer_model_max_length"))
-        _write_json(Path(folder) / "tokenizer_config.json", values)
+        write_json(Path(folder) / "tokenizer_config.json", values)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.init_kwargs["legacy"] = values["legacy"]
     # An embedding can have more rows than the tokenizer has tokens; they get names, so that `<image>` is the row after.
@@ -464,7 +466,7 @@ def generation_config(config: EmmaConfig) -> GenerationConfig:
 
 
 def _clip_config(clip: Path) -> CLIPConfig:
-    values = _read_json(clip / "config.json")
+    values = read_json(clip / "config.json")
     if values.get("model_type") != "clip":
         raise EmmaError(f"CLIP must be a checkpoint of model_type 'clip': {clip} has {values.get('model_type')!r}.")
     return CLIPConfig.from_dict(values)
@@ -482,7 +484,7 @@ def _clip_values(config: EmmaConfig) -> dict[str, Any]:
 
 
 def _clip_preprocessor(source: Path) -> dict[str, Any]:
-    values = _read_json(source / "preprocessor_config.json")
+    values = read_json(source / "preprocessor_config.json")
     for name in ("auto_map", "do_pad", "processor_class"):
         values.pop(name, None)
     return {**values, "image_processor_type": "CLIPImageProcessor"}
@@ -490,50 +492,14 @@ def _clip_preprocessor(source: Path) -> dict[str, Any]:
 
 def _write_authors_tokenizers(source: Path, folder: Path) -> None:
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-    values = _read_json(source / "tokenizer_config.json")
+    values = read_json(source / "tokenizer_config.json")
     kept = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")
     values = {name: values[name] for name in (*kept, "legacy") if name in values}
     theirs = {"padding_side": "right", "tokenizer_class": "LlamaTokenizer"}
-    _write_json(folder / "tokenizer_config.json", {**values, **theirs})
+    write_json(folder / "tokenizer_config.json", {**values, **theirs})
     specials = {name: value for name, value in values.items() if name.endswith("_token") and "add" not in name}
-    _write_json(folder / "special_tokens_map.json", specials)
+    write_json(folder / "special_tokens_map.json", specials)
     write_merges(AutoTokenizer.from_pretrained(source / "instruction_tokenizer"), folder / BPE_NAME)
-
-
-def _fetch(source: str | Path) -> Path:
-    """A folder as it is; what is no folder is a Hub id."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (org/name). Check its spelling.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=CONVERTED_FILES))
-    except Exception as error:
-        # Network, rights and names fail in many ways, with messages of many lines.
-        reason = str(error).split("\n")[0]
-        raise FileNotFoundError(
-            f"{source} is no folder here and cannot be fetched from the Hub ({reason}). Check the name, the network "
-            "and your token."
-        ) from error
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, or vanishes."""
-    output = Path(output)
-    if output.exists():
-        raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        folder.chmod(0o755)
-        yield folder
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -543,17 +509,3 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise EmmaError(f"`dtype` must be float32, float16 or bfloat16: got {dtype!r}.")
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Fetch it with the checkpoint.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EmmaError(f"{path} is not JSON ({error}). Fetch it again.") from error
-    return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

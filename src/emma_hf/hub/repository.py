@@ -1,6 +1,5 @@
 """A model as a complete Hub repository: written to a folder, and from there to the Hub."""
 
-import json
 import os
 import shutil
 import sys
@@ -15,16 +14,17 @@ from huggingface_hub import (
     HfApi,
     get_token,
     hf_hub_download,
-    snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from .. import EMMA_TINY
-from ..conversion.converter import generation_config, new_folder
+from ..conversion.converter import generation_config
 from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
+from ..storage.folders import new_folder, read_json, write_json
+from ..storage.hub_access import hub_errors, resolve
 from ..storage.tensors import parse_size, read_checkpoint, write_shards
 from .model_card import CARD_NAME, check_card, packaged, render_card
 from .verification import (
@@ -33,8 +33,6 @@ from .verification import (
     REQUIRED_FILES,
     WEIGHTS_NAME,
     files_of,
-    hub_errors,
-    hub_id,
     is_own_file,
     is_remote_file,
     manifest_of,
@@ -93,8 +91,7 @@ def export(
         ships = source.resolve() == EMMA_TINY.resolve()
         _write_weights(source, target, cache, limit, link)
         copy_hub_files(target)
-        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        _write_json(target / "config.json", {**values, "auto_map": AUTO_MAP})
+        write_json(target / "config.json", {**read_json(source / "config.json"), "auto_map": AUTO_MAP})
         _processor(source).save_pretrained(target)
         _write_generation_config(source, target, config)
         if (source / "tokenizer.model").is_file():
@@ -120,7 +117,7 @@ def export(
         missing = sorted(set(REQUIRED_FILES) - set(files_of(target)))
         if missing:
             raise EmmaError(f"{model} gives no complete repository: {', '.join(missing)} could not be written.")
-        _write_json(target / MANIFEST_NAME, manifest_of(target))
+        write_json(target / MANIFEST_NAME, manifest_of(target))
     return folder
 
 
@@ -175,25 +172,18 @@ def push(
 
 def _source(model: str | Path) -> tuple[Path, Path | None]:
     """Folder of a model, and of the cache that its links may lead to."""
-    if Path(model).is_dir() or str(model) == EMMA_TINY.name:
-        folder = Path(model) if Path(model).is_dir() else EMMA_TINY
-        # A snapshot in the cache of the Hub's library is made of links to its blobs.
-        blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
-        return folder, blobs
-    repo_id = hub_id(model)
-    with hub_errors(repo_id):
-        folder = Path(snapshot_download(repo_id, allow_patterns=SOURCE_FILES))
-    return folder, folder.parents[1] / "blobs"
+    ships = str(model) == EMMA_TINY.name and not Path(model).is_dir()
+    folder = EMMA_TINY if ships else resolve(model, SOURCE_FILES)
+    # A snapshot in the cache of the Hub's library is made of links to its blobs.
+    blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
+    return folder, blobs
 
 
 def _config(source: Path) -> EmmaConfig:
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{source} lacks config.json. Name the folder of a model.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EmmaError(f"{path} is not JSON ({error}). Fetch it again.") from error
+    values = read_json(path)
     if values.get("model_type") != EmmaConfig.model_type:
         raise EmmaError(
             f"Only models of this package (model_type 'emma') are exported: {source} has {values.get('model_type')!r}. "
@@ -225,7 +215,7 @@ def _write_weights(source: Path, target: Path, cache: Path | None, limit: int | 
         return
     names = [WEIGHTS_NAME]
     if (source / INDEX_NAME).is_file():
-        index = json.loads((source / INDEX_NAME).read_text(encoding="utf-8"))
+        index = read_json(source / INDEX_NAME)
         names = [INDEX_NAME, *sorted(set(index["weight_map"].values()))]
     for name in names:
         _copy(source, name, target, cache, link)
@@ -428,7 +418,3 @@ def _broken_off(repo_id: str, error: BaseException) -> str:
         f"The upload to {repo_id} broke off ({reason}). Nothing was committed: the repository is as it was. Run the "
         "command again; files that arrived are not sent twice."
     )
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,26 +6,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard
 
 from ..model.configuration_emma import AUTO_MAP, HUB_FILES
 from ..model.errors_emma import EmmaError
+from ..storage.hub_access import hub_errors, parse_repo_id, resolve
 from ..storage.tensors import read_checkpoint
 
 MANIFEST_NAME = "manifest.json"
@@ -102,18 +91,16 @@ def check(
 
     Raises:
         FileNotFoundError: no such folder, repository or revision.
-        EmmaError: no network, no right to read.
+        HubError: no network, no right to read.
+        EmmaError: a folder with a `revision`.
     """
     report = Report(str(source))
-    if Path(source).is_dir():
-        if revision is not None:
-            raise EmmaError(f"A folder has no revisions: got {revision!r} with {source}. Leave `revision` out.")
-        folder, remote = Path(source), None
-    else:
-        repo_id = hub_id(source)
+    remote = None
+    if not Path(source).is_dir():
+        repo_id = parse_repo_id(source)
         with hub_errors(repo_id, revision):
             remote = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
-            folder = Path(snapshot_download(repo_id, revision=remote.sha, token=token))
+    folder = resolve(source, revision=remote.sha if remote else revision, token=token)
     _check_files(report, folder, {file.rfilename: file for file in remote.siblings or ()} if remote else None)
     _check_contents(report, folder)
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
@@ -197,86 +184,6 @@ def is_remote_file(path: Path, remote: Any, sha256: str | None = None) -> bool:
     if remote.lfs is not None:
         return (sha256 or sha256_of(path)) == remote.lfs.sha256
     return git_hash_of(path) == remote.blob_id
-
-
-def hub_id(source: str | Path) -> str:
-    """`source` as a Hub id.
-
-    Raises:
-        FileNotFoundError: it has not the form of one.
-    """
-    text = str(source)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or Path(text).exists():
-        raise FileNotFoundError(f"{text} is neither a folder nor a Hub id (org/name). Check its spelling.")
-    return text
-
-
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None, doing: str = "read") -> Iterator[None]:
-    """Say what a failed call to the Hub means and what to do about it.
-
-    Args:
-        repo_id: repository that was asked for.
-        revision: the one that was asked for.
-        doing: `read` or `write`, for the message.
-
-    Raises:
-        FileNotFoundError: no such repository, revision or file.
-        EmmaError: no network, no right, or the Hub refused or broke off.
-    """
-    try:
-        yield
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id} has no revision {revision!r}. Check its spelling, leave it out for the main branch, or create "
-            f'the branch first: `HfApi().create_branch("{repo_id}", branch="{revision}")`.'
-        ) from error
-    except GatedRepoError as error:
-        raise EmmaError(f"{repo_id} is gated: ask for access on its page, and set HF_TOKEN to your token.") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"The Hub shows no repository {repo_id}: it does not exist, or it is private and your token (HF_TOKEN) may "
-            "not see it. Check the name and the token."
-        ) from error
-    except HFValidationError as error:
-        raise EmmaError(f"A repository is named like org/name: got {repo_id!r} ({_line(error)}).") from error
-    except LocalEntryNotFoundError as error:
-        raise EmmaError(_unreachable(error, doing)) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} lacks a file that was asked for ({_line(error)}).") from error
-    except OfflineModeIsEnabled as error:
-        raise EmmaError("The Hub cannot be asked while HF_HUB_OFFLINE is set. Unset it.") from error
-    except HfHubHTTPError as error:
-        raise EmmaError(_refused(error, repo_id, doing)) from error
-    except Exception as error:
-        # The clients of the Hub's package, requests in its older line and httpx in its newer, have no common error.
-        if type(error).__module__.split(".")[0] not in ("httpcore", "httpx", "httpx2", "requests", "urllib3"):
-            raise
-        raise EmmaError(_unreachable(error, doing)) from error
-
-
-def _refused(error: HfHubHTTPError, repo_id: str, doing: str) -> str:
-    status = error.response.status_code if error.response is not None else 0
-    if status == 401:
-        return (
-            f"The Hub does not accept the token (401): it is wrong or expired. Set HF_TOKEN to one that may {doing} "
-            f"{repo_id}."
-        )
-    if status == 403:
-        return (
-            f"The token has no right to {doing} {repo_id} (403). Set HF_TOKEN to one with that right, or ask the "
-            "owner of the organisation."
-        )
-    if status == 412:
-        return f"Somebody else changed {repo_id} in the meantime (412). Look at it, and run the command again."
-    return f"The Hub refused to {doing} {repo_id} ({status}: {_line(error)}). Nothing was committed; try again later."
-
-
-def _unreachable(error: BaseException, doing: str) -> str:
-    remedy = "Check the network, and HF_ENDPOINT if you set it."
-    if doing == "write":
-        remedy += " Nothing was committed; run the command again, files that arrived are not sent twice."
-    return f"The Hub cannot be reached ({_line(error)}). {remedy}"
 
 
 def _line(error: BaseException) -> str:

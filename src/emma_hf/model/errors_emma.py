@@ -9,4 +9,12 @@ class MissingPackageError(EmmaError, ImportError):
     """An optional package that is not installed, or is of a version that cannot serve."""
 
 
-__all__ = ["EmmaError", "MissingPackageError"]
+class HubError(OSError):
+    """What the Hub or the network refuses: no connection, no token, no right."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """A repository, revision or file that the Hub does not have, or does not show."""
+
+
+__all__ = ["EmmaError", "HubError", "HubNotFoundError", "MissingPackageError"]
