@@ -1,7 +1,9 @@
-"""The README's and the model card's commands and code, run as written on the reference checkpoint."""
+"""Every command and every block of Python in the documents, run as written; every link; the README's promises."""
 
+import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,23 @@ import pytest
 from support.hub_server import HubServer
 from support.rows import save_rows
 
+from emma_hf.cli import main
+from emma_hf.tiny import Scene, draw
+
 ROOT = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+# What is not run here, and why: installations, what goes on for hours or for ever, and what has tests of its own.
+ELSEWHERE = {
+    "python -m venv": "an installation",
+    "pip install": "an installation",
+    "make ": "test_the_make_targets_of_the_readme_exist, and CI",
+    "emma-hf tiny train": "tests/tiny/test_training.py",
+    "torchrun ": "tests/training/test_many_processes.py",
+    "emma-hf serve": "tests/serving/test_server.py",
+    "python examples/app.py": "tests/project/test_app.py",
+    "python examples/batch_inference.py": "tests/project/test_batch_inference.py",
+    "python -m benchmarks": "tests/project/test_benchmarks.py",
+}
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -19,38 +37,86 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, converted, reference) -> Path:
-    """A folder with the files that the README speaks of: `photo.jpg`, the converted `emma-7b`, and rows to train on."""
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copy(reference / "images" / "photo.jpg", folder)
-    shutil.copytree(converted, folder / "emma-7b")
-    shutil.copytree(reference / "images", folder / "pictures")
-    save_rows(folder / "rows.json")
-    return folder
+def commands(name: str) -> list[str]:
+    """The commands of a page that are run here; each other one is listed above."""
+    lines = "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
+    here = [line for line in lines if line.strip() and not line.startswith(tuple(ELSEWHERE))]
+    assert all(line.startswith("emma-hf ") for line in here), here
+    return here
+
+
+@pytest.fixture
+def place(tmp_path, converted, reference, monkeypatch) -> Path:
+    """The current folder, with the files that the documents speak of."""
+    shutil.copy(reference / "images" / "photo.jpg", tmp_path)
+    shutil.copytree(converted, tmp_path / "emma-7b")
+    shutil.copytree(reference / "images", tmp_path / "pictures")
+    save_rows(tmp_path / "rows.json")
+    draw(Scene.random(0), 336).save(tmp_path / "scene.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
 def hub(tmp_path):
-    with HubServer(tmp_path, {"hf_writer": {"org"}}) as server:
+    (tmp_path / "hub").mkdir()
+    with HubServer(tmp_path / "hub", {"hf_writer": {"org"}}) as server:
         yield server
 
 
-def environment(place: Path) -> dict[str, str]:
+def environment(place: Path, **more: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "HF_MODULES_CACHE": str(place / "modules")}
+    return {**os.environ, "PATH": path, "HF_MODULES_CACHE": str(place / "modules"), **more}
 
 
-def test_the_python_of_the_readme_runs_in_its_order(place):
-    code = "\n".join(blocks("README.md", "python"))
-    assert code.count("generate(") == 2
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_a_page_runs_in_its_order(page, place):
+    code = "\n".join(blocks(page, "python"))
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=place, env=environment(place), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    out = place / "emma-finetuned"
-    for name in ("model.safetensors", "sample_answers.jsonl", "loss.png"):
-        assert (out / name).is_file(), name
+    if page == "README.md":
+        # What the README shows for the same question on the command line.
+        assert f"```text\n{done.stdout}```" in (ROOT / page).read_text(encoding="utf-8")
+    if page == "docs/training.md":
+        for name in ("model.safetensors", "sample_answers.jsonl", "loss.png"):
+            assert (place / "emma-finetuned" / name).is_file(), name
+
+
+def run_command(command: str, place: Path, hub: HubServer, monkeypatch) -> None:
+    """Run a command of the documents, with small things in place of those that are large or far away."""
+    original = place / "original"
+    command = re.sub("(?<=tiny evaluate)", " --questions 16 --captions 2", command)
+    command = command.replace("saraghznfri/emma-7b emma-7b", f"{original} emma-7b --clip {original / 'clip'}")
+    if command.startswith("emma-hf push"):
+        # A Hub on this machine stands for the Hub; the client reads its settings when it is imported.
+        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
+        arguments = shlex.split(command, comments=True)
+        done = subprocess.run(
+            arguments, cwd=place, env=environment(place, **online), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return
+    if " emma-7b" in command and command.startswith("emma-hf convert") and "--reverse" not in command:
+        shutil.rmtree(place / "emma-7b")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who is it?\n\n"))
+    assert main(shlex.split(command, comments=True)[1:]) == 0, command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_commands_of_a_page_run_in_their_order(page, place, reference, hub, monkeypatch, capsys):
+    shutil.copytree(reference / "original", place / "original")
+    for command in commands(page):
+        run_command(command, place, hub, monkeypatch)
+        if command.startswith("emma-hf ask scene.png") and page == "README.md":
+            assert f"```text\n{capsys.readouterr().out}```" in (ROOT / page).read_text(encoding="utf-8")
+    if page == "docs/usage.md":
+        assert (place / "emma-7b-authors" / "clip" / "config.json").is_file()
+    if page == "docs/training.md":
+        assert (place / "emma-lora" / "merged" / "model.safetensors").is_file()
+    if page == "docs/hub.md":
+        assert hub.repositories["org/emma-7b"].private and "model.safetensors" in hub.files("org/emma-7b")
 
 
 def test_the_python_of_the_model_card_runs(trainable, photo, tmp_path):
@@ -71,48 +137,39 @@ def test_the_python_of_the_model_card_runs(trainable, photo, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_of_the_readme_run(place, reference, hub):
-    lines = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ").splitlines()
-    # Training emma-tiny takes hours, and a server goes on for ever; both have tests of their own.
-    endless = ("emma-hf tiny train", "emma-hf serve")
-    commands = [line for line in lines if line.startswith("emma-hf ") and not line.startswith(endless)]
-    assert len(commands) == 13
-    shutil.rmtree(place / "emma-7b", ignore_errors=True)
-    original = reference / "original"
-    for command in commands:
-        # The reference checkpoint stands for the authors' on the Hub, and brings its own CLIP.
-        command = re.sub("(?<=tiny evaluate)", " --questions 16 --captions 2", command)
-        command = command.replace("saraghznfri/emma-7b emma-7b", f"{original} emma-7b --clip {original / 'clip'}")
-        # A Hub on this machine stands for the Hub.
-        online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
-        variables = environment(place) | (online if command.startswith("emma-hf push") else {})
-        done = subprocess.run(
-            command, shell=True, cwd=place, env=variables, capture_output=True, text=True, timeout=300,
-            input="Who is it?\n\n",
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-    assert (place / "emma-lora" / "merged" / "model.safetensors").is_file()
-    assert (place / "emma-7b-authors" / "clip" / "config.json").is_file()
-    assert hub.repositories["org/emma-7b"].private and "model.safetensors" in hub.files("org/emma-7b")
-
-
 def test_the_make_targets_of_the_readme_exist():
-    targets = re.findall(r"^make (\S+)", "\n".join(blocks("README.md", "bash")), re.MULTILINE)
-    assert targets == ["ask", "test"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
+    for target in ("ask", "test"):
+        assert f"`make {target}`" in text
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_files_that_the_documents_name_exist():
-    for name in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target
-    for folder, file in re.findall(r"`(?:(tests/|src/emma_hf/|benchmarks/))?(\w+\.py)`", text):
-        places = [ROOT / folder / file] if folder else [ROOT / "src" / "emma_hf" / file, ROOT / "tests" / file]
-        assert any(place.is_file() for place in places), file
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "examples/README.md"])
+def test_what_a_page_links_to_exists(page):
+    """Files, and headings of other pages."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
+
+
+def test_every_page_of_the_docs_is_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in text, path.name
 
 
 def test_the_model_card_is_valid():
