@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor, HubError
 from emma_hf.conversion import convert, reverse
 from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.model.instruction_emma import encode_instruction
 from emma_hf.storage.tensors import parse_size
 

@@ -21,7 +21,7 @@ from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor, HubE
 from emma_hf.cli import main
 from emma_hf.hub.repository import REQUIREMENTS, export, push
 from emma_hf.hub.verification import MANIFEST_NAME, REQUIRED_FILES, _card, check, files_of, manifest_of, read_manifest
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.storage.tensors import read_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from support.processes import run_python
 
 import emma_hf
 from emma_hf import EmmaForConditionalGeneration
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 
 # Python of an environment with the other supported Transformers; `make test` sets it.
 OTHER_PYTHON = os.environ.get("EMMA_OTHER_PYTHON")

@@ -7,11 +7,11 @@ import pytest
 from transformers.dynamic_module_utils import check_imports, get_relative_imports
 
 import emma_hf
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
+from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 
 PACKAGE = Path(emma_hf.__file__).parent
 SHIPPED = (*HUB_FILES, "handler.py")
-LIBRARIES = {"torch", "transformers", "numpy", "PIL"}
+LIBRARIES = {"torch", "transformers", "safetensors", "numpy", "PIL"}
 GUARDED = {"bitsandbytes", "ftfy", "regex", "triton"}
 # Of the standard library only what a file was seen to need; what opens connections, runs programs or unpickles is not.
 STANDARD = {
@@ -39,13 +39,11 @@ TOUCHING = {
     "from_file", "glob", "iterdir", "walk", "listdir", "remove", "makedirs",
 }  # fmt: skip
 MEANT = {
-    ("configuration_emma.py", "copy_hub_files", "copyfile"),
-    ("configuration_emma.py", "copy_hub_files", "mkdir"),
+    ("code_files_emma.py", "copy_code_files", "copyfile"),
+    ("code_files_emma.py", "copy_code_files", "mkdir"),
     ("image_processing_emma.py", "_open", "load"),
     ("image_processing_emma.py", "_open", "load_image"),
     ("image_processing_emma.py", "_open", "open"),
-    ("image_processing_emma.py", "save_pretrained", "copyfile"),
-    ("image_processing_emma.py", "save_pretrained", "mkdir"),
     ("image_processing_emma.py", "_to_rgb", "load"),
     ("processing_emma.py", "_make_portable", "read_text"),
     ("processing_emma.py", "_make_portable", "write_text"),

@@ -8,8 +8,8 @@ import transformers
 from support.models import tiny_config
 
 from emma_hf import EmmaConfig
+from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict
-from emma_hf.model.configuration_emma import AUTO_MAP, HUB_FILES
 
 
 def test_the_default_is_the_released_7b_model():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_hf.model.configuration_emma import HUB_FILES
+from emma_hf.model.code_files_emma import HUB_FILES
 
 ROOT = Path(__file__).parents[2]
 

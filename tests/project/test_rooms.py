@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import emma_hf
-from emma_hf.model.configuration_emma import HUB_FILES
+from emma_hf.model.code_files_emma import HUB_FILES
 
 PACKAGE = Path(emma_hf.__file__).parent
 # Imports go down only: a room imports itself and rooms on lines above its own.

@@ -19,7 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from .. import EMMA_TINY
 from ..conversion.converter import generation_config
-from ..model.configuration_emma import AUTO_MAP, EmmaConfig, copy_hub_files
+from ..model.code_files_emma import AUTO_MAP, copy_code_files
+from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -90,7 +91,7 @@ def export(
         config = _config(source)
         ships = source.resolve() == EMMA_TINY.resolve()
         _write_weights(source, target, cache, limit, link)
-        copy_hub_files(target)
+        copy_code_files(target)
         write_json(target / "config.json", {**read_json(source / "config.json"), "auto_map": AUTO_MAP})
         _processor(source).save_pretrained(target)
         _write_generation_config(source, target, config)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 
-from ..model.configuration_emma import AUTO_MAP, HUB_FILES
+from ..model.code_files_emma import AUTO_MAP, HUB_FILES
 from ..model.errors_emma import EmmaError
 from ..storage.hub_access import hub_errors, parse_repo_id, resolve
 from ..storage.tensors import read_checkpoint

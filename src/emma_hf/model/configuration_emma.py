@@ -3,48 +3,16 @@
 import difflib
 import logging
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.configuration_utils import PretrainedConfig
 
+from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import text_config_from_dict
 from .errors_emma import EmmaError
 
 logger = logging.getLogger(__name__)
-
-# Every Python file that travels next to the weights. A Hub folder is flat: each of these imports only its siblings,
-# torch, transformers, numpy and Pillow; anything else stands in a `try` in the file that uses it.
-HUB_FILES = (
-    "configuration_emma.py",
-    "modeling_emma.py",
-    "processing_emma.py",
-    "image_processing_emma.py",
-    "instruction_emma.py",
-    "clip_towers_emma.py",
-    "compat_emma.py",
-    "errors_emma.py",
-    "execution_emma.py",
-    "fused_alignment.py",
-    "image_encoding_emma.py",
-    "loading_emma.py",
-    "outputs_emma.py",
-    "quantization_emma.py",
-)
-
-# What `trust_remote_code` loads. `AutoModelForVision2Seq` exists in Transformers 4.57 alone, `AutoModelForMultimodalLM`
-# in 5 alone; a version does not read the names that it does not know.
-AUTO_MAP = {
-    "AutoConfig": "configuration_emma.EmmaConfig",
-    "AutoModel": "modeling_emma.EmmaModel",
-    "AutoModelForImageTextToText": "modeling_emma.EmmaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_emma.EmmaForConditionalGeneration",
-    "AutoModelForVision2Seq": "modeling_emma.EmmaForConditionalGeneration",
-    "AutoProcessor": "processing_emma.EmmaProcessor",
-    "AutoImageProcessor": "image_processing_emma.EmmaImageProcessor",
-}
 
 # The released model: CLIP ViT-L/14-336 with its text encoder, and Vicuna-7B v1.5 with one more row for `<image>`.
 CLIP_VISION_DEFAULTS = {
@@ -177,7 +145,7 @@ class EmmaConfig(PretrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Like the base class, with the code files that `trust_remote_code` runs beside it."""
-        copy_hub_files(save_directory)
+        copy_code_files(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _vision_tokens(self) -> int:
@@ -227,19 +195,6 @@ class EmmaConfig(PretrainedConfig):
                 logger.warning("EmmaConfig has no key `%s`; did you mean `%s`? It has no effect.", key, nearest[0])
 
 
-def copy_hub_files(folder: str | os.PathLike) -> None:
-    """Copy the package's code files into `folder`, those of them that lie beside this file.
-
-    In a process that loaded the model from the Hub alone, those that its model or processor needed are there.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in HUB_FILES:
-        source = Path(__file__).with_name(name)
-        if source.exists() and source.parent.resolve() != folder.resolve():
-            shutil.copyfile(source, folder / name)
-
-
 def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
@@ -273,4 +228,4 @@ def _hidden_state_index(name: str, index: Any, config: PretrainedConfig) -> None
         )
 
 
-__all__ = ["AUTO_MAP", "HUB_FILES", "EmmaConfig", "copy_hub_files"]
+__all__ = ["EmmaConfig"]

@@ -5,7 +5,6 @@ import binascii
 import difflib
 import logging
 import os
-import shutil
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
 
+from .code_files_emma import AUTO_MAP, copy_code_files
 from .errors_emma import EmmaError
 
 logger = logging.getLogger(__name__)
@@ -146,15 +146,12 @@ class EmmaImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Like the base class, with the `auto_map` by which `AutoImageProcessor` finds this class."""
         values = {**super().to_dict(), "image_processor_type": type(self).__name__}
-        values["auto_map"] = {"AutoImageProcessor": "image_processing_emma.EmmaImageProcessor"}
+        values["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Like the base class, with this code file beside it."""
-        target = Path(save_directory) / Path(__file__).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != Path(__file__).resolve():
-            shutil.copyfile(__file__, target)
+        """Like the base class, with the code files that `trust_remote_code` runs beside it."""
+        copy_code_files(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _known(self, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import PROCESSOR_CLASS_ATTRIBUTES, chat_template_kwargs, only_primary_attributes
-from .configuration_emma import AUTO_MAP, copy_hub_files
 from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
@@ -467,7 +467,7 @@ class EmmaProcessor(ProcessorMixin):
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             return self.push_to_hub(repo_id, **kwargs)
         folder = Path(save_directory)
-        copy_hub_files(folder)
+        copy_code_files(folder)
         with only_primary_attributes(self):
             files = super().save_pretrained(folder, **kwargs)
         self.image_processor.save_pretrained(folder)
