@@ -12,10 +12,10 @@ from PIL import Image
 from support.models import tiny_config
 
 from emma_hf import EMMA_TINY, EmmaConfig
-from emma_hf.hub.model_card import check_card, is_released_shape, measured, packaged, render_card
+from emma_hf.hub.model_card import TEMPLATE, check_card, is_released_shape, measured, render_card
 
 ROOT = Path(__file__).parents[2]
-EVALUATION = ROOT / "examples" / "emma-tiny" / "evaluation.json"
+EVALUATION = EMMA_TINY / "evaluation.json"
 # The paper's figures, as the issue gives them.
 PAPER = [89.42, 56.03, 73.14, 56.01, 68.57, 66.44, 60.15, 35.44, 25.1, 32.0, 26.15, 37.34, 94.50, 66.13]
 SECTIONS = [
@@ -42,7 +42,15 @@ def test_the_card_of_the_released_model(source):
     # Its examples name the repository that it lies in.
     assert 'model="me/my-emma"' in card.text and "org/emma-7b" not in card.text
     assert "<!--" not in card.text
-    assert linked == {"docs/architecture.png": ROOT / "docs" / "architecture.png"}
+    assert linked == {"docs/architecture.png": TEMPLATE / "docs" / "architecture.png"}
+
+
+def test_the_card_at_the_root_is_the_template_rendered_for_the_released_model(tmp_path):
+    runpy.run_path(str(ROOT / "scripts" / "render_model_card.py"))["main"]([str(tmp_path / "MODEL_CARD.md")])
+    rendered, shown = ModelCard.load(tmp_path / "MODEL_CARD.md"), ModelCard.load(ROOT / "MODEL_CARD.md")
+    assert rendered.text == shown.text
+    # The two lines of the Hub's library order the keys of the YAML differently.
+    assert rendered.data.to_dict() == shown.data.to_dict()
 
 
 def test_the_papers_figures_are_cited_as_the_papers(source):
@@ -70,7 +78,7 @@ def test_a_model_of_another_shape_is_not_called_the_released_one(source):
 
 
 def test_the_figures_of_emma_tiny_are_those_of_its_evaluation():
-    card, _ = render_card(EMMA_TINY, EmmaConfig.from_pretrained(EMMA_TINY), "org/emma-tiny", EVALUATION)
+    card, _ = render_card(EMMA_TINY, EmmaConfig.from_pretrained(EMMA_TINY), "org/emma-tiny")
     check_card(card)
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     recorded = json.loads(EVALUATION.read_text())
@@ -106,11 +114,14 @@ def test_what_is_no_evaluation_is_refused(source):
     (source / "wrong.json").write_text('{"accuracy": {"all": 3}}')
     with pytest.raises(ValueError, match="must be the evaluation.json that `emma-hf tiny evaluate --output` writes"):
         measured(source / "wrong.json")
-    with pytest.raises(FileNotFoundError, match="lacks nothing.md. Install the package again"):
-        packaged("nothing.md")
+    (source / "wrong.json").rename(source / "evaluation.json")
+    with pytest.raises(ValueError, match="rename this one where it lies beside the weights"):
+        render_card(source, EmmaConfig(), "emma-7b")
 
 
 def test_the_figure_of_the_architecture(tmp_path):
-    runpy.run_path(str(ROOT / "docs" / "architecture.py"))["main"]([str(tmp_path / "figure.png")])
+    runpy.run_path(str(ROOT / "scripts" / "draw_architecture.py"))["main"]([str(tmp_path / "figure.png")])
     with Image.open(tmp_path / "figure.png") as figure, Image.open(ROOT / "docs" / "architecture.png") as shown:
         assert figure.size == shown.size == (1320, 594)
+    # The documents show the figure that every repository gets.
+    assert (ROOT / "docs" / "architecture.png").read_bytes() == (TEMPLATE / "docs" / "architecture.png").read_bytes()

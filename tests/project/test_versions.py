@@ -12,7 +12,7 @@ from support.processes import run_python
 
 import emma_hf
 from emma_hf.cli import main
-from emma_hf.hub.repository import REQUIREMENTS
+from emma_hf.hub.model_card import TEMPLATE
 from emma_hf.model.compat_emma import NEWEST_TESTED_TRANSFORMERS, TRANSFORMERS_5, untested_warning
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_the_cap_the_makefile_and_what_an_endpoint_installs_agree(makefile_versi
     newest = max(makefile_versions, key=lambda version: tuple(map(int, version.split("."))))
     assert newest.rpartition(".")[0] == NEWEST_TESTED_TRANSFORMERS
     assert [version for version in makefile_versions if untested_warning(version)] == []
-    endpoint = requirement(REQUIREMENTS).specifier
+    endpoint = requirement((TEMPLATE / "requirements.txt").read_text().splitlines()).specifier
     assert endpoint.contains(newest) and not endpoint.contains(NEWER)
 
 

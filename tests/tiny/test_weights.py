@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from emma_hf.tiny.evaluation import answers, fresh_questions, is_right, table
 from emma_hf.tiny.scenes import Scene, draw
 from emma_hf.tiny.training import tiny_processor
 
-RECORD = Path(__file__).parents[2] / "examples" / "emma-tiny"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_the_weights_answer_fresh_questions(tiny):
     asked = fresh_questions(300, seed=1)
     said = answers(*tiny, [(scene, question.text) for scene, question in asked])
     right = [is_right(text, question.answer) for text, (_, question) in zip(said, asked)]
-    recorded = json.loads((RECORD / "evaluation.json").read_text())["accuracy"]["all"]["share"]
+    recorded = json.loads((EMMA_TINY / "evaluation.json").read_text())["accuracy"]["all"]["share"]
     # Three standard deviations of 300 questions below what 5,000 showed.
     assert np.mean(right) > recorded - 3 * np.sqrt(recorded * (1 - recorded) / 300)
 
@@ -58,7 +59,7 @@ def test_the_command_answers_about_a_drawn_scene(tmp_path, capfd):
 def test_what_ships_is_small_whole_and_data_alone():
     files = [path for path in EMMA_TINY.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja", ".model", ".txt", ".gz", ".md"}
+    assert {path.suffix for path in files} <= {".jinja", ".json", ".md", ".png", ".safetensors"}
     model, info = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype="auto", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert {tensor.dtype for tensor in load_file(EMMA_TINY / "model.safetensors").values()} == {torch.bfloat16}
@@ -98,12 +99,25 @@ def test_its_tokenizers_are_those_of_the_training(tmp_path, tiny):
 def test_the_card_says_what_was_measured():
     card = ModelCard.load(EMMA_TINY / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-text-to-text")
-    result = json.loads((RECORD / "evaluation.json").read_text())
+    result = json.loads((EMMA_TINY / "evaluation.json").read_text())
     for line in table(result).splitlines():
         assert line in card.text.splitlines(), line
 
 
+def test_the_widget_of_the_card_is_what_its_script_writes(tmp_path):
+    written = shutil.copytree(EMMA_TINY, tmp_path / "emma-tiny", ignore=shutil.ignore_patterns("widget"))
+    card = ModelCard.load(written / "README.md")
+    card.data["widget"] = None
+    card.save(written / "README.md")
+    runpy.run_path(str(SCRIPTS / "write_emma_tiny_widget.py"))["main"](["--model", str(written)])
+    widget = ModelCard.load(EMMA_TINY / "README.md").data["widget"]
+    assert ModelCard.load(written / "README.md").data["widget"] == widget and len(widget) == 3
+    for example in widget:
+        with Image.open(written / example["src"]) as drawn, Image.open(EMMA_TINY / example["src"]) as shown:
+            assert drawn.tobytes() == shown.tobytes(), example["src"]
+
+
 def test_the_figure_of_the_readme(tmp_path):
-    runpy.run_path(str(RECORD / "figure.py"))["main"]([str(tmp_path / "figure.png")])
+    runpy.run_path(str(SCRIPTS / "draw_emma_tiny_answers.py"))["main"]([str(tmp_path / "figure.png")])
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.size == (1100, 700)

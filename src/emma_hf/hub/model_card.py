@@ -1,4 +1,4 @@
-"""`README.md` of a Hub repository: from the model's own card, or from MODEL_CARD.md, with its YAML filled in."""
+"""`README.md` of a Hub repository: from the model's own card, or from the template, with its YAML filled in."""
 
 import json
 import re
@@ -12,26 +12,15 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 
-CARD_NAME = "README.md"
+CARD_NAME, EVALUATION_NAME = "README.md", "evaluation.json"
+# What every repository gets, laid out as there; its card is for models that have none of their own.
+TEMPLATE = Path(__file__).parent / "template"
 # In the cards: the name of the repository, and what holds for the released weights alone.
 PLACEHOLDER = re.compile(r"\borg/emma-(7b|tiny)\b")
 RELEASED_BLOCK = re.compile(r"<!-- released -->\n(.*?)<!-- end -->\n", re.DOTALL)
 RELEASED_KEYS = ("base_model", "datasets", "license", "license_link", "license_name", "eval_results", "model_name")
 DEFAULTS: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "language": ["en"]}
 TAGS = ("emma", "multimodal", "vision-language")
-
-
-def packaged(name: str) -> Path:
-    """A file of the repository's root, which in an installed package lies inside it.
-
-    Raises:
-        FileNotFoundError: it is in neither place.
-    """
-    here = Path(__file__).parents[1]
-    for folder in (here, here.parents[1]):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"This installation of emma-hf lacks {name}. Install the package again.")
 
 
 def render_card(
@@ -45,9 +34,10 @@ def render_card(
 
     Args:
         source: folder of the model. Its own `README.md` is the card, if there is one.
-        config: of the model; MODEL_CARD.md says less of a model that has not the released shape.
+        config: of the model; the template says less of a model that has not the released shape.
         name: of the model; a Hub id (`org/name`) stands in the card's examples, too.
-        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the `model-index`.
+        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the `model-index`. Default: the one in `source`,
+            if there is one.
         examples: for the widget: name of a picture in the repository, question, and the model's answer to it.
 
     Returns:
@@ -57,7 +47,9 @@ def render_card(
         EmmaError: a card whose YAML cannot be read, or an `evaluation` of another form.
     """
     own = source / CARD_NAME
-    path = own if own.is_file() else packaged("MODEL_CARD.md")
+    path = own if own.is_file() else TEMPLATE / "MODEL_CARD.md"
+    if evaluation is None and (source / EVALUATION_NAME).is_file():
+        evaluation = source / EVALUATION_NAME
     text = path.read_text(encoding="utf-8")
     if path == own:
         card = _parsed(text, path)
@@ -117,7 +109,7 @@ def measured(path: Path) -> list[EvalResult]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EmmaError(
             f"An evaluation must be the evaluation.json that `emma-hf tiny evaluate --output` writes: {path} is not "
-            f"({error!r})."
+            f"({error!r}). Name another file, or rename this one where it lies beside the weights."
         ) from error
     return [
         EvalResult(

@@ -27,7 +27,7 @@ from ..model.processing_emma import EmmaProcessor
 from ..storage.folders import new_folder, read_json, write_json
 from ..storage.hub_access import hub_errors, resolve
 from ..storage.tensors import parse_size, read_checkpoint, write_shards
-from .model_card import CARD_NAME, check_card, packaged, render_card
+from .model_card import CARD_NAME, TEMPLATE, check_card, render_card
 from .verification import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -42,17 +42,10 @@ from .verification import (
     size_of,
 )
 
-# For Inference Endpoints, which bring torch: what handler.py and the code files need besides.
-REQUIREMENTS = ("transformers>=4.57.6,<5.25", "pillow>=11", "ftfy>=6.3")
 WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 SOURCE_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt", "*.md", "*.png", "*.jpg"]
-EVALUATION = "examples/emma-tiny/evaluation.json"
-# Questions about drawn scenes that stand in emma-tiny's widget: seed of the scene, question.
-TINY_EXAMPLES = (
-    (0, "How many things are there?"),
-    (1, "Describe the picture."),
-    (2, "Is there a star?\nAnswer the question using a single word or phrase."),
-)
+# For Inference Endpoints, which bring torch and install the rest of what handler.py and the code files need.
+ENDPOINT_FILES = ("handler.py", "requirements.txt")
 
 
 def export(
@@ -72,10 +65,10 @@ def export(
         model: folder or Hub id of a model of this package, or `emma-tiny` for the one that ships.
         folder: folder to write; it must not exist. It appears when it is complete, or not at all.
         repo_id: name on the Hub (`org/name`), for the card. Default: the name of `folder`.
-        examples: pictures (paths) with a question each, which the model answers for the card's widget. Default: none,
-            and for emma-tiny drawn scenes.
-        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the card's figures. Default: none, and for the
-            emma-tiny that ships its own.
+        examples: images (paths) with a question each, which the model answers for the card's widget. Default: those
+            of the model's own card.
+        evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the card's figures. Default: the one beside the
+            weights, if there is one.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. Default: the files are copied as they are.
         link: hard links to weight files in place of copies, where the file system has them; whoever changes one file
             then changes the other.
@@ -89,7 +82,6 @@ def export(
     with new_folder(folder) as target:
         source, cache = _source(model)
         config = _config(source)
-        ships = source.resolve() == EMMA_TINY.resolve()
         _write_weights(source, target, cache, limit, link)
         copy_code_files(target)
         write_json(target / "config.json", {**read_json(source / "config.json"), "auto_map": AUTO_MAP})
@@ -97,12 +89,8 @@ def export(
         _write_generation_config(source, target, config)
         if (source / "tokenizer.model").is_file():
             _copy(source, "tokenizer.model", target, cache)
-        shutil.copyfile(Path(__file__).parent / "template" / "handler.py", target / "handler.py")
-        (target / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-
-        if ships:
-            examples = examples or _drawn_examples(target)
-            evaluation = evaluation or packaged(EVALUATION)
+        for name in ENDPOINT_FILES:
+            shutil.copyfile(TEMPLATE / name, target / name)
         answered = _answered(examples, target)
         card, linked = render_card(
             source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
@@ -247,18 +235,6 @@ def _write_generation_config(source: Path, target: Path, config: EmmaConfig) -> 
         generation_config(config).save_pretrained(target)
 
 
-def _drawn_examples(target: Path) -> list[tuple[Path, str]]:
-    from ..tiny.scenes import Scene, draw
-
-    found = []
-    (target / "widget").mkdir()
-    for seed, question in TINY_EXAMPLES:
-        path = target / "widget" / f"scene-{seed}.png"
-        draw(Scene.random(seed), 224).save(path)
-        found.append((path, question))
-    return found
-
-
 def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[tuple[str, str, str]]:
     """Name of the picture in the repository, question, and the answer of the model in `target`."""
     if not examples:
@@ -271,10 +247,9 @@ def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[
         path = Path(picture)
         if not path.is_file():
             raise FileNotFoundError(f"The example picture {path} is not there. Check its path.")
-        name = path.relative_to(target).as_posix() if path.is_relative_to(target) else f"widget/{number}-{path.name}"
-        if path != target / name:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
+        name = f"widget/{number}-{path.name}"
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
         content = [{"type": "image", "path": str(path)}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],

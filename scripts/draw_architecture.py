@@ -1,6 +1,6 @@
 """Draw the architecture of EMMA, with the released model's sizes.
 
-python docs/architecture.py docs/architecture.png
+python scripts/draw_architecture.py docs/architecture.png
 """
 
 import argparse

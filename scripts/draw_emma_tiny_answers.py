@@ -1,6 +1,6 @@
 """Draw what emma-tiny answers to the first fresh question of each family, right or wrong.
 
-python examples/emma-tiny/figure.py docs/emma-tiny.png
+python scripts/draw_emma_tiny_answers.py docs/emma-tiny.png
 """
 
 import argparse
