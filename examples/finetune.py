@@ -20,8 +20,10 @@ from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training import STAGES, prepare, stage_of
+from emma_hf.training.callbacks import SampleAnswers
 from emma_hf.training.checkpoints import CrashSafety, last_complete_checkpoint
-from emma_hf.training.trainer import EmmaTrainer, SampleAnswers, figure_class, plot_loss
+from emma_hf.training.plots import figure_class, plot_loss
+from emma_hf.training.trainer import EmmaTrainer
 
 
 @dataclass

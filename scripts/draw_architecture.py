@@ -6,7 +6,7 @@ python scripts/draw_architecture.py docs/architecture.png
 import argparse
 
 from emma_hf import EmmaConfig
-from emma_hf.training.trainer import figure_class
+from emma_hf.training.plots import figure_class
 
 FROZEN, TRAINED, NEW, DATA = "#dfe6ee", "#f7e3bf", "#cfe8cf", "#ffffff"
 EDGE, NEW_EDGE, TEXT = "#44546a", "#2f7d32", "#1d2733"

@@ -9,7 +9,7 @@ import textwrap
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.tiny.evaluation import answers, fresh_questions, is_right
 from emma_hf.tiny.scenes import FAMILIES, draw
-from emma_hf.training.trainer import figure_class
+from emma_hf.training.plots import figure_class
 
 
 def main(argv: list[str] | None = None) -> None:

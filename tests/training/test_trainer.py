@@ -13,8 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
-from emma_hf.training import prepare
-from emma_hf.training.trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
+from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss, prepare
 
 
 def arguments(folder, **kwargs) -> TrainingArguments:

@@ -1,5 +1,7 @@
 """Training data: rows in files, what they mean, and batches of them."""
 
-from .datasets import ChatDataset, ConversationDataset, DataCollator, encode_conversation
+from .collator import DataCollator
+from .conversations import encode_conversation
+from .datasets import ChatDataset, ConversationDataset
 
 __all__ = ["ChatDataset", "ConversationDataset", "DataCollator", "encode_conversation"]

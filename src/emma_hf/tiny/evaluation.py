@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from ..training.trainer import figure_class
+from ..training.plots import figure_class
 from .rows import TEST_SEEDS
 from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
 

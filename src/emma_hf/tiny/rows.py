@@ -13,7 +13,8 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.datasets import IGNORED, DataCollator, encode_conversation
+from ..data.collator import DataCollator
+from ..data.conversations import IGNORED, encode_conversation
 from ..model.instruction_emma import encode_instruction, training_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor

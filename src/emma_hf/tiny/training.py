@@ -29,7 +29,7 @@ from transformers import (
 
 from ..conversion.converter import generation_config, prompt_tokenizer
 from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
-from ..data.datasets import IGNORED
+from ..data.conversations import IGNORED
 from ..model.compat_emma import WARMUP_SHARE, core_of
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
@@ -38,8 +38,9 @@ from ..model.instruction_emma import encode_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 from ..training.checkpoints import CrashSafety, last_complete_checkpoint
+from ..training.plots import figure_class, plot_loss
 from ..training.stages import prepare
-from ..training.trainer import EmmaTrainer, figure_class, plot_loss
+from ..training.trainer import EmmaTrainer
 from .muon import MuonWithAdamW
 from .rows import CLIP_SEEDS, TRAIN_SEEDS, Rows, SideBySide, vision_features
 from .scenes import Chance, Scene, caption, caption_question, close_up, draw, questions, reshaped, siblings

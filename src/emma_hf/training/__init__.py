@@ -1,8 +1,11 @@
 """Fine-tuning: stages, `Trainer` extensions, checkpoints."""
 
+from .callbacks import SampleAnswers
 from .checkpoints import CrashSafety, last_complete_checkpoint
+from .plots import plot_loss
+from .sampler import ModalityLengthSampler
 from .stages import LORA_TARGETS, STAGES, Stage, parameter_groups, prepare, stage_of
-from .trainer import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss
+from .trainer import EmmaTrainer
 
 __all__ = [
     "LORA_TARGETS",

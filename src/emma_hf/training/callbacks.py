@@ -1,0 +1,84 @@
+"""Callbacks of a training run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from ..data.collator import DataCollator
+from ..data.conversations import IGNORED
+from ..model.processing_emma import EmmaProcessor
+
+logger = logging.get_logger(__name__)
+
+
+class _ReportSkipped(TrainerCallback):
+    def __init__(self, trainer: Trainer) -> None:
+        self.datasets = [trainer.train_dataset, trainer.eval_dataset]
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for dataset in self.datasets:
+            report = dataset.skipped_report() if hasattr(dataset, "skipped_report") else None
+            if report:
+                logger.warning(report)
+
+
+class SampleAnswers(TrainerCallback):
+    """At each evaluation, answer a few rows: what the numbers mean, in words.
+
+    The answers stand in the log, and with what was expected in `sample_answers.jsonl` in the output folder.
+
+    Args:
+        dataset: rows to answer, a [`~emma_hf.data.ConversationDataset`] or [`~emma_hf.data.ChatDataset`].
+        processor: reads the answers.
+        rows: how many, the first of the dataset.
+        max_new_tokens: longest answer, in tokens.
+    """
+
+    def __init__(self, dataset: Any, processor: EmmaProcessor, rows: int = 3, max_new_tokens: int = 64) -> None:
+        self.dataset = dataset
+        self.processor = processor
+        self.rows = min(rows, len(dataset))
+        self.max_new_tokens = max_new_tokens
+        self.collate = DataCollator(processor)
+        self.step: int | None = None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            return
+        self.step = state.global_step
+        training = model.training
+        model.eval()
+        answers = [{"step": state.global_step, "row": row, **self._answer(model, row)} for row in range(self.rows)]
+        model.train(training)
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / "sample_answers.jsonl", "a", encoding="utf-8") as file:
+                for answer in answers:
+                    logger.warning(
+                        f"step {answer['step']}, row {answer['row']}: expected {answer['expected']!r}, answered "
+                        f"{answer['answer']!r}"
+                    )
+                    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+    @torch.no_grad()
+    def _answer(self, model: Any, row: int) -> dict[str, str]:
+        item = self.dataset[row]
+        learned = item["labels"] != IGNORED
+        first = int(learned.nonzero()[0])
+        # The first answer alone: in a longer row the next user turn follows it.
+        length = int((~learned[first:]).nonzero()[0]) if not learned[first:].all() else len(learned) - first
+        prompt = {name: value for name, value in item.items() if name not in ("input_ids", "labels")}
+        batch = self.collate([{**prompt, "input_ids": item["input_ids"][:first], "labels": item["labels"][:first]}])
+        del batch["labels"]
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        batch = {
+            name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in batch.items()
+        }
+        tokens = model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)[0, first:]
+        expected = item["labels"][first : first + length]
+        decode = self.processor.tokenizer.decode
+        texts = [decode(ids.tolist(), skip_special_tokens=True).strip() for ids in (expected, tokens)]
+        return {"expected": texts[0], "answer": texts[1]}

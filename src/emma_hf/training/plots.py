@@ -1,0 +1,46 @@
+"""Figures of a training run."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..model.errors_emma import EmmaError, MissingPackageError
+
+
+def figure_class() -> Any:
+    """matplotlib's `Figure`; what draws at its end asks for it at its beginning.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError('Plots need matplotlib: install it with `pip install "emma-hf[train]"`.') from error
+    return Figure
+
+
+def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "nats per token") -> None:
+    """Draw training and evaluation loss over the steps.
+
+    Args:
+        log_history: of `trainer.state`.
+        path: of the picture; its ending decides the format.
+        unit: of the loss.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        EmmaError: no loss in the history.
+    """
+    figure = figure_class()(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[name]) for entry in log_history if math.isfinite(entry.get(name, math.nan))]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=4)
+    if not axes.lines:
+        raise EmmaError("There is no loss to draw: the history holds none. Log at least once (`logging_steps`).")
+    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
