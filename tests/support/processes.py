@@ -21,8 +21,10 @@ def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, impor
     )
 
 
-def run_processes(script: Path, *arguments: str | Path, processes: int = 2, timeout: int = 240, **environment: str):
-    """Run `script` in several processes that share the steps of a training (torchrun, gloo)."""
+def run_processes(
+    script: str | Path, *arguments: str | Path, processes: int = 2, timeout: int = 240, **environment: str
+):
+    """Run `script`, or `"-m", module`, in several processes that share the steps of a training (torchrun, gloo)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

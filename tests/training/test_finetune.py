@@ -1,8 +1,7 @@
-"""`emma-hf train`, which runs `examples/finetune.py`: every stage learns, and what it saves loads again."""
+"""`emma-hf train`: every stage learns, and what it saves loads again."""
 
 import json
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,8 +13,7 @@ from support.rows import save_rows
 
 from emma_hf.cli import main
 from emma_hf.data import ConversationDataset, DataCollator
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
+from emma_hf.training.finetune import parse
 
 
 @pytest.fixture
@@ -89,7 +87,6 @@ def test_an_adapter_loads_on_its_base(train, tmp_path, trainable):
 
 
 def test_the_defaults_are_the_authors(tmp_path):
-    parse = runpy.run_path(str(SCRIPT))["parse"]
     common = ["--model", "m", "--train_data", "d", "--output_dir", str(tmp_path), "--use_cpu"]
     for stage, rate, projector, rows in (
         ("pretrain", 1e-3, 1e-3, 256),

@@ -15,6 +15,8 @@ from emma_hf.model.modeling_emma import EmmaForConditionalGeneration
 from emma_hf.training.checkpoints import incomplete_checkpoints
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+# `torchrun -m emma_hf train`, and so with `accelerate launch`.
+TRAIN = ("-m", "emma_hf", "train")
 SHARDED = Path(__file__).parents[1] / "support" / "sharded_run.py"
 
 
@@ -57,9 +59,7 @@ def assert_same_run(one: Path, other: Path, weights: str = "model.safetensors") 
 def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_once):
     one, two = tmp_path / "one", tmp_path / "two"
     for output, processes, rows in ((one, 1, 4), (two, 2, rows_at_once)):
-        result = run_processes(
-            EXAMPLES / "finetune.py", *options(output, stage, rows), "--use_cpu", processes=processes
-        )
+        result = run_processes(*TRAIN, *options(output, stage, rows), "--use_cpu", processes=processes)
         assert result.returncode == 0, result.stderr
     weights = f"{'adapter_' if stage == 'lora' else ''}model.safetensors"
     assert_same_run(one, two, weights)
@@ -68,7 +68,7 @@ def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_o
         # Both processes kept their random states; without one of them the run goes on from the checkpoint before.
         assert incomplete_checkpoints(two) == []
         (two / "checkpoint-6" / "rng_state_1.pth").unlink()
-        again = run_processes(EXAMPLES / "finetune.py", *options(two, stage, rows_at_once), "--use_cpu")
+        again = run_processes(*TRAIN, *options(two, stage, rows_at_once), "--use_cpu")
         assert again.returncode == 0, again.stderr
         assert "it holds the random states of 1 of 2 processes" in again.stderr
         assert (two / "incomplete-checkpoint-6").is_dir()
@@ -81,7 +81,7 @@ def test_sharded_weights_have_the_curve_of_one_process(options, tmp_path, engine
     if engine == "deepspeed_zero3":
         pytest.importorskip("deepspeed", reason="not part of the test extra: it compiles on first use")
     one, two = tmp_path / "one", tmp_path / "two"
-    result = run_processes(EXAMPLES / "finetune.py", *options(one, "finetune", 4), "--use_cpu", processes=1)
+    result = run_processes(*TRAIN, *options(one, "finetune", 4), "--use_cpu", processes=1)
     assert result.returncode == 0, result.stderr
     # The file as it ships, but for what needs a GPU or eight of them.
     config = (EXAMPLES / "accelerate" / f"{engine}.yaml").read_text()

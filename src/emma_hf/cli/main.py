@@ -231,12 +231,9 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    import runpy
+    from ..training.finetune import main
 
-    # In an installed package the examples lie inside it, in a clone beside the sources.
-    here = Path(__file__).parents[1]
-    scripts = [folder / "examples" / "finetune.py" for folder in (here, here.parents[1])]
-    runpy.run_path(str(next(filter(Path.is_file, scripts))))["main"](args.arguments)
+    main(args.arguments)
 
 
 def _draw_scene(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..model.errors_emma import EmmaError
 from ..model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction, training_instruction
 from ..model.processing_emma import EmmaProcessor
-from .conversations import ROLES, message_in_llava_format, turns_of, encode_conversation
+from .conversations import ROLES, encode_conversation, message_in_llava_format, turns_of
 
 
 class _Rows(Dataset):

@@ -1,0 +1,145 @@
+"""`emma-hf train`: the authors' two stages, LoRA and QLoRA, on one process or many.
+
+    emma-hf train --stage lora --model emma-7b --train_data rows.json --output_dir out
+    accelerate launch -m emma_hf train --stage finetune --model emma-7b --train_data rows.json --output_dir out
+
+The defaults are the authors' hyper-parameters of the stage. A run that is started again resumes from its last complete
+checkpoint. Every argument of `TrainingArguments` is an option.
+"""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
+
+from ..data.collator import DataCollator
+from ..data.datasets import ConversationDataset
+from ..model.errors_emma import EmmaError
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+from .callbacks import SampleAnswers
+from .checkpoints import CrashSafety, last_complete_checkpoint
+from .plots import figure_class, plot_loss
+from .stages import STAGES, prepare, stage_of
+from .trainer import EmmaTrainer
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a converted model"})
+    train_data: str = field(metadata={"help": "JSON or JSONL in LLaVA's format"})
+    stage: str = field(default="finetune", metadata={"help": ", ".join(STAGES)})
+    eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on; default: none"})
+    image_folder: str | None = field(default=None, metadata={"help": "of the pictures; default: beside the rows"})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "a row that cannot be used: raise, or skip and report"}
+    )
+    group_by_modality: bool = field(default=True, metadata={"help": "batches of one modality and similar lengths"})
+    global_batch_size: int | None = field(default=None, metadata={"help": "rows in a step; default: the authors'"})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "default: the authors'"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "of the weights; `--bf16` computes in bfloat16 besides"}
+    )
+    lora_r: int = field(default=128, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter, times its rank"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapter's inputs dropped"})
+    sample_answers: int = field(default=3, metadata={"help": "rows answered at each evaluation"})
+
+
+def main(arguments: list[str]) -> None:
+    """Train, evaluate, save, and draw the loss."""
+    script, args = parse(arguments)
+    figure_class()
+    set_seed(args.seed)
+    processor = EmmaProcessor.from_pretrained(script.model)
+    template = STAGES[script.stage].template
+    rows = {"processor": processor, "image_folder": script.image_folder, "template": template}
+    train_data = ConversationDataset(script.train_data, on_error=script.on_error, **rows)
+    eval_data = ConversationDataset(script.eval_data, on_error=script.on_error, **rows) if script.eval_data else None
+
+    trainer = EmmaTrainer(
+        model=prepare(load(script), script.stage, script.lora_r, script.lora_alpha, script.lora_dropout),
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=DataCollator(processor),
+        processing_class=processor,
+        projector_learning_rate=script.projector_learning_rate,
+        group_by_modality=script.group_by_modality,
+        callbacks=[CrashSafety()],
+    )
+    if eval_data is not None:
+        trainer.add_callback(SampleAnswers(eval_data, processor, script.sample_answers))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+
+    if eval_data is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
+        if script.stage == "lora":
+            merged = Path(args.output_dir) / "merged"
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+            processor.save_pretrained(merged)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
+    """Arguments, with what the stage's authors used where nothing is given."""
+    parser = HfArgumentParser((ScriptArguments, TrainingArguments), prog="emma-hf train")
+    parser.set_defaults(gradient_accumulation_steps=None)
+    given, _ = parser.parse_known_args(arguments)
+    stage = stage_of(given.stage)
+    parser.set_defaults(
+        **stage.training_arguments(),
+        projector_learning_rate=stage.projector_learning_rate,
+        gradient_accumulation_steps=accumulated_steps(given, stage.batch_size),
+        eval_strategy="epoch" if given.eval_data else "no",
+        logging_steps=10,
+        logging_first_step=True,
+        save_total_limit=2,
+        report_to=["none"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # Logits of every token over the whole vocabulary are not for keeping.
+        prediction_loss_only=True,
+    )
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
+    """So many that a step sees the global batch, whatever the number of processes."""
+    if given.gradient_accumulation_steps is not None:
+        return given.gradient_accumulation_steps
+    # `TrainingArguments` would know, but DeepSpeed copies the accumulation from them when they are made.
+    devices = 1 if given.use_cpu else max(1, torch.cuda.device_count())
+    processes = int(os.environ.get("WORLD_SIZE", devices))
+    rows = given.per_device_train_batch_size * processes
+    batch_size = given.global_batch_size or authors_batch_size
+    if batch_size % rows:
+        raise EmmaError(
+            f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got {batch_size} "
+            f"and {rows} ({processes} times {given.per_device_train_batch_size}). Change "
+            "`--per_device_train_batch_size`, or give `--gradient_accumulation_steps`."
+        )
+    return batch_size // rows
+
+
+def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
+    """The model, in 4 bits for QLoRA."""
+    options = {}
+    if script.stage == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        )
+    return EmmaForConditionalGeneration.from_pretrained(script.model, dtype=script.dtype, **options)
