@@ -1,0 +1,121 @@
+"""A model and its processor, from a folder or the Hub, on a device."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from ..model.configuration_emma import EmmaConfig
+from ..model.errors_emma import EmmaError
+from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.processing_emma import EmmaProcessor
+from ..model.quantization_emma import bitsandbytes_config
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Files of a Hub repository that loading reads: neither pickles nor code.
+FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.txt")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+CONVERT = "`emma-hf convert SOURCE OUTPUT` writes such a folder from the authors' checkpoint."
+
+
+def load_model(
+    source: str | os.PathLike,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+) -> tuple[EmmaForConditionalGeneration, EmmaProcessor]:
+    """Load a model for inference, and its processor.
+
+    A Hub repository is looked up once: without a network, what the cache holds is loaded at once.
+
+    Args:
+        source: folder of a converted model, or Hub id (`org/name`).
+        device: such as `cpu` or `cuda:1`. Default: the fastest of this machine.
+        dtype: dtype of the computation: a dtype, its name, or `auto` for that of the weights.
+        quantization: `4bit` or `8bit`: quantize the language model while loading. Default: as stored.
+        revision: branch, tag or commit of a Hub repository. Default: the main branch.
+
+    Returns:
+        The model, in evaluation mode on `device`, and the processor.
+
+    Raises:
+        EmmaError: a device that this machine lacks, a `dtype` or `quantization` that does not exist, a folder that is
+            no converted model or has damaged files.
+        FileNotFoundError: no such folder, and no such repository that can be fetched.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise EmmaError(f"`dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: got {dtype!r}.")
+    device = _checked_device(device)
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options = {"quantization_config": bitsandbytes_config(quantization), "device_map": {"": device}}
+    folder = _local_folder(source, revision)
+    _check_converted(folder)
+    # Before the weights, which take long: a wrong folder is reported at once.
+    processor = _load_processor(folder)
+    model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
+    # Quantized weights are put on their device while they are read.
+    return (model if getattr(model, "is_quantized", False) else model.to(device)), processor
+
+
+def _checked_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise EmmaError(f"`device` must be a device of this machine: got {str(device)!r} ({error}).") from error
+
+
+def _local_folder(source: str | os.PathLike, revision: str | None) -> Path:
+    """A folder as it is; anything else is a Hub id, whose files are fetched or taken from the cache."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if os.path.lexists(path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (org/name). Check its spelling. {CONVERT}")
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES)))
+    except (OSError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"{source} is no folder here and cannot be fetched from the Hub ({reason}). Check the name, the network "
+            "and your token (HF_TOKEN)."
+        ) from error
+
+
+def _check_converted(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise EmmaError(f"A model is a folder with config.json, weights and processor: {folder} has none. {CONVERT}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EmmaError(f"{path} must be JSON: it is not ({error}). Save or fetch it again.") from error
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != EmmaConfig.model_type:
+        raise EmmaError(
+            f"Models of this package have the model_type {EmmaConfig.model_type!r}: {folder} has {model_type!r}. "
+            f"{CONVERT}"
+        )
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise EmmaError(f"A model needs its processor beside it: {folder} lacks {PROCESSOR_FILES[0]}. {CONVERT}")
+
+
+def _load_processor(folder: Path) -> EmmaProcessor:
+    try:
+        return EmmaProcessor.from_pretrained(folder)
+    except EmmaError:
+        raise
+    # Damaged or missing files of tokenizers and image processors raise nearly anything, also KeyError.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EmmaError(
+            f"The processor's files must be complete: those of {folder} cannot be read ({type(error).__name__}: "
+            f"{reason}). Save or fetch them again. {CONVERT}"
+        ) from error

@@ -1,0 +1,117 @@
+"""Loading a model: what is read first, and what a wrong source is told."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from emma_hf.inference import load_model
+from emma_hf.model.errors_emma import EmmaError
+
+
+def test_the_model_and_its_processor(converted, model):
+    loaded, processor = load_model(converted, dtype="float32")
+    assert not loaded.training
+    assert loaded.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert type(processor).__name__ == "EmmaProcessor"
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in loaded.state_dict().items())
+    assert load_model(str(converted), device="cpu", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_quantized_weights():
+    from emma_hf import EMMA_TINY
+
+    loaded, _ = load_model(EMMA_TINY, device="cpu", quantization="8bit")
+    assert loaded.is_quantized
+    assert loaded.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int"}, "`dtype` must be auto, float32, float16 or bfloat16: got 'int'"),
+        ({"device": "tpu9"}, "`device` must be a device of this machine: got 'tpu9'"),
+        ({"quantization": "2bit"}, "must be 4bit or 8bit: got '2bit'"),
+    ],
+)
+def test_wrong_arguments(converted, arguments, message):
+    with pytest.raises(EmmaError, match=message):
+        load_model(converted, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json, weights and processor: .* `emma-hf convert"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "must be JSON"),
+        (lambda folder: (folder / "config.json").write_text("{,"), "must be JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "has None"),
+        (lambda folder: (folder / "processor_config.json").write_text("[" * 100_000), "RecursionError.*emma-hf convert"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{,"), "processor's files must be complete"),
+        (lambda folder: shutil.rmtree(folder / "instruction_tokenizer"), "processor's files must be complete"),
+        (
+            lambda folder: [(folder / f"{name}_config.json").unlink(missing_ok=True) for name in ("processor", "preprocessor")],
+            "needs its processor beside it: .* lacks processor_config.json. `emma-hf convert",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_reported_before_the_weights_are_read(converted, tmp_path, damage, message):
+    folder = shutil.copytree(converted, tmp_path / "copy")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    damage(folder)
+    with pytest.raises(EmmaError, match=message):
+        load_model(folder)
+
+
+def test_the_authors_layout(reference):
+    with pytest.raises(EmmaError, match=r"model_type 'emma': .*original has 'llava.*`emma-hf convert SOURCE OUTPUT`"):
+        load_model(reference / "original")
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    for source in (tmp_path / "none", "none", "a/b/c", link, __file__):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
+            load_model(source)
+
+
+def test_a_hub_id_without_network_fails_at_once(tmp_path):
+    code = "from emma_hf.inference import load_model\nimport time\nstart = time.time()\n"
+    code += "try:\n    load_model('none/none')\nexcept FileNotFoundError as error:\n    print(error)\n"
+    code += "print(time.time() - start)"
+    # Nobody listens on port 9.
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = run(code, environment)
+    message, seconds = done.splitlines()
+    assert message.startswith("none/none is no folder here and cannot be fetched from the Hub (")
+    assert float(seconds) < 10
+
+
+def test_a_cached_model_without_network_is_loaded_at_once(converted, tmp_path):
+    repository = tmp_path / "hub" / "models--org--name"
+    commit = "0" * 40
+    shutil.copytree(converted, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = "from emma_hf.inference import load_model\nimport time\nstart = time.time()\n"
+    code += "print(type(load_model('org/name')[0]).__name__)\nprint(time.time() - start)"
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    name, seconds = run(code, environment).splitlines()
+    assert name == "EmmaForConditionalGeneration"
+    assert float(seconds) < 20
+
+
+def run(code: str, environment: dict[str, str]) -> str:
+    """What a process of its own prints: the variables of the Hub's client are read on import."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
