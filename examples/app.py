@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EMMA_TINY
+from emma_hf.inference import load_model
 from emma_hf.model.instruction_emma import encode_instruction, instructions_from_messages
 from emma_hf.tiny.scenes import Scene, draw
 
@@ -55,9 +55,7 @@ class Chat:
     """
 
     def __init__(self, name: str | os.PathLike, max_new_tokens: int = 512) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.processor = EmmaProcessor.from_pretrained(name)
-        self.model = EmmaForConditionalGeneration.from_pretrained(name, dtype="auto").to(device).eval()
+        self.model, self.processor = load_model(name)
         self.max_new_tokens = max_new_tokens
 
     def read(self, picture: dict[str, Any]) -> Image.Image:

@@ -26,7 +26,8 @@ import ray
 import torch
 from pyarrow import csv, parquet
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EMMA_TINY
+from emma_hf.inference import load_model
 
 READERS = {".csv": ray.data.read_csv, ".jsonl": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
@@ -35,9 +36,7 @@ class Answerer:
     """One worker: the model, loaded once, and the answers to one batch of rows after the other."""
 
     def __init__(self, model: str, image_folder: str, max_new_tokens: int) -> None:
-        self.processor = EmmaProcessor.from_pretrained(model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = EmmaForConditionalGeneration.from_pretrained(model, dtype="auto").to(device).eval()
+        self.model, self.processor = load_model(model)
         self.image_folder = Path(image_folder)
         self.max_new_tokens = max_new_tokens
 

@@ -19,10 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from .. import EMMA_TINY
 from ..conversion.converter import generation_config
+from ..inference import answer, load_model
 from ..model.code_files_emma import AUTO_MAP, copy_code_files
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
-from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..storage.folders import new_folder, read_json, write_json
 from ..storage.hub_access import hub_errors, resolve
@@ -240,8 +240,7 @@ def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[
     if not examples:
         return []
     # From the very files that are exported.
-    processor = EmmaProcessor.from_pretrained(target)
-    model = EmmaForConditionalGeneration.from_pretrained(target, dtype="auto").eval()
+    model, processor = load_model(target)
     found = []
     for number, (picture, question) in enumerate(examples, 1):
         path = Path(picture)
@@ -250,16 +249,9 @@ def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[
         name = f"widget/{number}-{path.name}"
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
-        content = [{"type": "image", "path": str(path)}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        tokens = model.generate(**inputs, max_new_tokens=256, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        found.append((name, question, processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()))
+        conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = answer(model, processor, [conversation], [[path]], max_new_tokens=256)[0]
+        found.append((name, question, text))
     return found
 
 

@@ -9,11 +9,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from .. import EMMA_TINY
+from ..inference import answer, load_model
 from ..model.errors_emma import EmmaError, MissingPackageError
-from ..model.instruction_emma import instructions_from_messages
-from ..model.modeling_emma import EmmaForConditionalGeneration
-from ..model.processing_emma import EmmaProcessor
-from ..model.quantization_emma import bitsandbytes_config
 
 try:
     from lmms_eval.api.model import lmms
@@ -74,12 +71,7 @@ class Emma(lmms):
         several = self._world_size > 1 or device is None
         self.device = self.accelerator.device if several else torch.device(device)
         self.batch_size = int(batch_size)
-        options: dict[str, Any] = {"revision": revision, "dtype": dtype}
-        if quantization is not None:
-            options |= {"quantization_config": bitsandbytes_config(quantization), "device_map": {"": self.device}}
-        self.processor = EmmaProcessor.from_pretrained(pretrained, revision=revision)
-        model = EmmaForConditionalGeneration.from_pretrained(pretrained, **options)
-        self.model = (model if quantization is not None else model.to(self.device)).eval()
+        self.model, self.processor = load_model(pretrained, self.device, dtype, quantization, revision)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, in the order of the requests; an answer ends before the first of its task's `until`."""
@@ -127,31 +119,22 @@ class Emma(lmms):
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
         return [{"role": "user", "content": content}], images
 
-    @torch.inference_mode()
     def _answer(self, conversations: list[Any], images: list[list[Image.Image]], settings: dict) -> list[str]:
-        inputs = self.processor(
-            images=images if any(images) else None,
-            text=self.processor.apply_chat_template(conversations, add_generation_prompt=True),
-            instructions=[instructions_from_messages(messages) for messages in conversations],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        options: dict[str, Any] = {"stop_strings": until, "tokenizer": self.processor.tokenizer} if until else {}
+        options: dict[str, Any] = {"stop_strings": until} if until else {}
         if settings.get("temperature"):
             options |= {"do_sample": True, "temperature": settings["temperature"]}
             options |= {"top_p": settings["top_p"]} if settings.get("top_p") else {}
-        else:
-            options["do_sample"] = False
-        tokens = self.model.generate(
-            **inputs,
-            **options,
+        texts = answer(
+            self.model,
+            self.processor,
+            conversations,
+            images,
             num_beams=settings.get("num_beams") or 1,
             max_new_tokens=settings.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
+            **options,
         )
-        texts = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [_before(text, until).strip() for text in texts]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..training.plots import figure_class
@@ -51,19 +52,12 @@ def answers(
     said: list[str] = []
     for start in tqdm(range(0, len(asked), batch_size), desc="answers", delay=2):
         batch = asked[start : start + batch_size]
-        prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
-                add_generation_prompt=True,
-            )
-            for _, text in batch
+        conversations = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for _, text in batch
         ]
-        pictures = [[draw(scene)] for scene, _ in batch]
-        inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device, model.dtype)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        said += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in said]
+        images = [[draw(scene)] for scene, _ in batch]
+        said += answer(model, processor, conversations, images, max_new_tokens=max_new_tokens)
+    return said
 
 
 def evaluate_tiny(
