@@ -1,19 +1,18 @@
 """A model and its processor, from a folder or the Hub, on a device."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config
+from ..storage.folders import read_json
+from ..storage.hub_access import resolve
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Files of a Hub repository that loading reads: neither pickles nor code.
@@ -46,7 +45,8 @@ def load_model(
     Raises:
         EmmaError: a device that this machine lacks, a `dtype` or `quantization` that does not exist, a folder that is
             no converted model or has damaged files.
-        FileNotFoundError: no such folder, and no such repository that can be fetched.
+        FileNotFoundError: no such folder or repository.
+        HubError: a repository that cannot be fetched.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise EmmaError(f"`dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: got {dtype!r}.")
@@ -54,7 +54,7 @@ def load_model(
     options: dict[str, Any] = {}
     if quantization is not None:
         options = {"quantization_config": bitsandbytes_config(quantization), "device_map": {"": device}}
-    folder = _local_folder(source, revision)
+    folder = resolve(source, FILES, revision)
     _check_converted(folder)
     # Before the weights, which take long: a wrong folder is reported at once.
     processor = _load_processor(folder)
@@ -72,32 +72,10 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
         raise EmmaError(f"`device` must be a device of this machine: got {str(device)!r} ({error}).") from error
 
 
-def _local_folder(source: str | os.PathLike, revision: str | None) -> Path:
-    """A folder as it is; anything else is a Hub id, whose files are fetched or taken from the cache."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if os.path.lexists(path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (org/name). Check its spelling. {CONVERT}")
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(FILES)))
-    except (OSError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileNotFoundError(
-            f"{source} is no folder here and cannot be fetched from the Hub ({reason}). Check the name, the network "
-            "and your token (HF_TOKEN)."
-        ) from error
-
-
 def _check_converted(folder: Path) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise EmmaError(f"A model is a folder with config.json, weights and processor: {folder} has none. {CONVERT}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EmmaError(f"{path} must be JSON: it is not ({error}). Save or fetch it again.") from error
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != EmmaConfig.model_type:
         raise EmmaError(
             f"Models of this package have the model_type {EmmaConfig.model_type!r}: {folder} has {model_type!r}. "

@@ -53,7 +53,7 @@ class Emma(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         quantization: str | None = None,
-        revision: str = "main",
+        revision: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()

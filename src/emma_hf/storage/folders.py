@@ -42,7 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing. Fetch it with the checkpoint.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    # Lists nested too deeply are a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise EmmaError(f"{path} is not JSON ({error}). Fetch it again.") from error
     if not isinstance(values, dict):
         raise EmmaError(f"{path} must hold a JSON object: got {type(values).__name__}. Fetch it again.")
