@@ -193,8 +193,8 @@ def _export(args: argparse.Namespace) -> None:
             raise EmmaError(f"`--check` takes MODEL alone and writes nothing: got {args.folder!r} besides. Drop it.")
         report = check(args.model, args.revision, trust_remote_code=args.trust_remote_code)
         print(report.table(), end="")
-        if report.wrong:
-            raise EmmaError(f"{args.model}: {len(report.wrong)} of {len(report.rows)} checks failed; see the table.")
+        if report.failures:
+            raise EmmaError(f"{args.model}: {len(report.failures)} of {len(report.rows)} checks failed; see the table.")
         return
     from ..hub.repository import export
 
@@ -205,7 +205,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from ..hub.repository import push
+    from ..hub.upload import push
 
     address = push(args.model, args.repo_id, args.private, args.revision, args.force, args.message)
     print(address)
