@@ -33,7 +33,7 @@ $(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
 
 # The kernels in Triton's interpreter, and through its compiler, which needs no GPU.
 test-kernels: .venv/kernels/ready
-	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/model/test_fused_alignment.py tests/integrations/test_liger.py
+	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m "not slow" tests/model/test_fused_alignment.py tests/model/test_fusion_emma.py tests/integrations/test_liger.py
 
 test-slow-kernels: .venv/kernels/ready
 	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/model/test_fused_alignment.py

@@ -7,7 +7,7 @@ import torch
 from support.models import tiny_inputs, tiny_model
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.model.execution_emma import distinct_rows
+from emma_hf.model.modeling_emma import unique_rows
 from emma_hf.tiny.scenes import Scene, draw
 
 QUESTIONS = ("What colour is the star?", "How many circles are there?", "Is there a heart?")
@@ -129,12 +129,12 @@ def test_a_question_about_several_pictures_is_read_once():
     assert torch.equal(together[0], together[1]) and not torch.equal(together[0], together[2])
 
 
-def test_distinct_rows():
+def test_unique_rows():
     ids = torch.tensor([[5, 1], [2, 2], [5, 1]])
-    distinct, places = distinct_rows(ids)
-    assert torch.equal(distinct[places], ids) and len(distinct) == 2
+    unique, indices = unique_rows(ids)
+    assert torch.equal(unique[indices], ids) and len(unique) == 2
     # Rows that all differ stay in their order.
-    same, none = distinct_rows(ids[:2])
+    same, none = unique_rows(ids[:2])
     assert same is not None and torch.equal(same, ids[:2]) and none is None
-    same, none = distinct_rows(ids.to("meta"))
+    same, none = unique_rows(ids.to("meta"))
     assert same.is_meta and none is None

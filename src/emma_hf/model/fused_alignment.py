@@ -16,11 +16,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
-
-from .errors_emma import EmmaError, MissingPackageError
-from .execution_emma import is_hooked
 
 try:
     import triton
@@ -64,118 +60,6 @@ def visual_alignment_reference(
     """F (images, N, width) of V (images, N, width) and P (images, T, width): `Wa [V ; P] + ba`."""
     tokens = torch.cat([vision_features, projected], dim=1)
     return functional.linear(tokens.transpose(1, 2), weight, bias).transpose(1, 2)
-
-
-class EmmaVisualAlignment(nn.Module):
-    """Linear map over the token axis: `Wa [V ; P] + ba`, visual tokens first (paper section 3).
-
-    Not an `nn.Linear`: quantizers replace those and assume that the last axis is multiplied.
-    """
-
-    def __init__(self, visual_tokens: int, instruction_tokens: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(visual_tokens, visual_tokens + instruction_tokens))
-        self.bias = nn.Parameter(torch.empty(visual_tokens))
-
-    def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
-        """(images, N, width) and (images, T, width) to (images, N, width)."""
-        return visual_alignment_reference(vision_features, instruction_features, self.weight, self.bias)
-
-
-def check_fusion_implementation(implementation: str) -> None:
-    """Refuse, before any weight is made, what this machine can never run.
-
-    Raises:
-        MissingPackageError: `triton` was asked for and is not installed.
-    """
-    if implementation == "triton" and triton is None:
-        raise MissingPackageError(
-            "fusion_implementation='triton' needs the package triton, which is not installed: install it with "
-            "`pip install \"emma-hf[kernels]\"`, or use 'auto' or 'eager'."
-        )
-
-
-def runs_fused(
-    implementation: str, adaptation: nn.Module, vision_features: torch.Tensor, instruction_features: torch.Tensor
-) -> bool:
-    """Whether the kernels compute `adaptation` for these inputs; decided anew in each call, since models move.
-
-    Args:
-        implementation: `auto`, `eager` or `triton`.
-        adaptation: with `instruction_projection` and `visual_alignment`.
-        vision_features: V (images, N, vision width).
-        instruction_features: H (images, T, instruction width).
-
-    Raises:
-        EmmaError: `triton` was asked for and cannot run here.
-    """
-    if implementation == "eager":
-        return False
-    obstacle = _obstacle(adaptation, vision_features, instruction_features)
-    if implementation == "auto":
-        # An exported program must run where this file is not.
-        return obstacle is None and not torch.compiler.is_exporting()
-    if obstacle is not None:
-        raise EmmaError(f"fusion_implementation='triton' cannot run: {obstacle}; or use 'auto' or 'eager'.")
-    return True
-
-
-def fused_adaptation(
-    adaptation: nn.Module, vision_features: torch.Tensor, instruction_features: torch.Tensor
-) -> torch.Tensor:
-    """F (images, N, vision width) from the kernels.
-
-    Args:
-        adaptation: with `instruction_projection` and `visual_alignment`, for which [`runs_fused`] is true.
-        vision_features: V (images, N, vision width).
-        instruction_features: H (images, T, instruction width).
-
-    Returns:
-        F in the dtype of the weights, or in that of autocast where it is on.
-    """
-    projection, alignment = adaptation.instruction_projection, adaptation.visual_alignment
-    device, dtype = vision_features.device.type, alignment.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    projected = instruction_projection(
-        instruction_features.to(dtype), projection.weight.to(dtype), projection.bias.to(dtype)
-    )
-    return visual_alignment(vision_features.to(dtype), projected, alignment.weight.to(dtype), alignment.bias.to(dtype))
-
-
-def _obstacle(adaptation: nn.Module, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> str | None:
-    """Why the kernels cannot run, and the remedy; None where they can."""
-    if triton is None:
-        return "the package triton is not installed; install it"
-    device = vision_features.device
-    if not _device_runs_kernels(device.type, device.index):
-        return f"it needs a CUDA device of compute capability 8.0 or newer, and the features are on {device}; move them"
-    for name, module, kind in (
-        ("instruction_projection", adaptation.instruction_projection, nn.Linear),
-        ("visual_alignment", adaptation.visual_alignment, EmmaVisualAlignment),
-    ):
-        if type(module) is not kind:
-            found = f"{type(module).__module__}.{type(module).__name__}"
-            return f"`{name}` must be a plain {kind.__name__}: got {found}; merge or unwrap it"
-        if is_hooked(module):
-            return f"`{name}` must be called for its hooks (offloading, ZeRO-3, yours); remove them"
-        for parameter in (module.weight, module.bias):
-            if type(parameter) is not nn.Parameter and type(parameter) is not torch.Tensor:
-                return f"`{name}` must have plain weights: got {type(parameter).__name__}; load it unquantized"
-            if parameter.dtype not in DTYPES or parameter.dtype != adaptation.visual_alignment.weight.dtype:
-                return f"weights must all be float32, float16 or bfloat16: `{name}` has {parameter.dtype}; convert them"
-            if parameter.device != device:
-                return f"weights and features must be on one device: `{name}` is on {parameter.device}; move it"
-    if instruction_features.device != device:
-        return f"both features must be on one device: got {device} and {instruction_features.device}; move one"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _device_runs_kernels(kind: str, index: int | None) -> bool:
-    if kind != "cuda":
-        return kind == "cpu" and INTERPRETED
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 if triton is not None:
@@ -469,7 +353,7 @@ def instruction_projection(features: torch.Tensor, weight: torch.Tensor, bias: t
 
 
 @instruction_projection.register_fake
-def _(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _instruction_projection_shape(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return features.new_empty(*features.shape[:2], weight.shape[0])
 
 
@@ -486,7 +370,9 @@ def gelu_gradient(grad: torch.Tensor, features: torch.Tensor, weight: torch.Tens
 
 
 @gelu_gradient.register_fake
-def _(grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _gelu_gradient_shape(
+    grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
@@ -527,7 +413,9 @@ def visual_alignment(
 
 
 @visual_alignment.register_fake
-def _(vision_features: torch.Tensor, projected: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _visual_alignment_shape(
+    vision_features: torch.Tensor, projected: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
     return torch.empty_like(vision_features, memory_format=torch.contiguous_format)
 
 
@@ -547,7 +435,7 @@ def token_gradient(grad: torch.Tensor, weight: torch.Tensor, start: int, stop: i
 
 
 @token_gradient.register_fake
-def _(grad: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def _token_gradient_shape(grad: torch.Tensor, weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return grad.new_empty(grad.shape[0], stop - start, grad.shape[2])
 
 
@@ -561,7 +449,7 @@ def weight_gradient(grad: torch.Tensor, vision_features: torch.Tensor, projected
 
 
 @weight_gradient.register_fake
-def _(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+def _weight_gradient_shape(grad: torch.Tensor, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
     visual = vision_features.shape[1]
     return grad.new_empty(visual, visual + projected.shape[1])
 
@@ -587,12 +475,8 @@ visual_alignment.register_autograd(_alignment_backward, setup_context=_save_alig
 
 
 __all__ = [
-    "EmmaVisualAlignment",
-    "check_fusion_implementation",
-    "fused_adaptation",
     "instruction_projection",
     "instruction_projection_reference",
-    "runs_fused",
     "visual_alignment",
     "visual_alignment_reference",
 ]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .errors_emma import EmmaError
-from .execution_emma import is_plain
+from .fusion_emma import is_unmodified_linear
 
 
 class EmmaImageEncoding:
@@ -29,7 +29,7 @@ class EmmaImageEncoding:
     @torch.no_grad()
     def __init__(self, model: Any, vision_features: torch.Tensor) -> None:
         self.model, self.vision_features = model, vision_features
-        self._projected = self._project() if is_plain(model.multi_modal_projector.linear_1) else None
+        self._projected = self._project() if is_unmodified_linear(model.multi_modal_projector.linear_1) else None
 
     def __len__(self) -> int:
         return len(self.vision_features)

@@ -1,6 +1,7 @@
 """EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any
 
@@ -9,7 +10,12 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -25,15 +31,73 @@ from .compat_emma import (
 )
 from .configuration_emma import EmmaConfig
 from .errors_emma import EmmaError
-from .execution_emma import device_of, distinct_rows, needs_grad, steps_together
-from .fused_alignment import EmmaVisualAlignment, check_fusion_implementation, fused_adaptation, runs_fused
+from .fused_alignment import visual_alignment_reference
+from .fusion_emma import check_fusion_implementation, fused_adaptation, should_use_kernels
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
-from .outputs_emma import EmmaCausalLMOutputWithPast, EmmaModelOutputWithPast, language_model_fields
 from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
 
-# What one picture brings. Everything in the list has one row per picture and leaves `generate` after the prefill.
+# Per-image inputs: one row per image, needed only in the prefill step.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
+
+# What the running version calls the language model's outputs (the cache has two names).
+_LANGUAGE_MODEL_FIELDS = tuple(field.name for field in fields(BaseModelOutputWithPast))
+
+
+class _ImageHiddenStates:
+    """`image_hidden_states`, under which LLaVA's outputs hold the visual tokens."""
+
+    image_outputs: BaseModelOutputWithPooling | None
+
+    @property
+    def image_hidden_states(self) -> torch.FloatTensor | None:
+        """Z (images, N, text width), which replaced the placeholders; None where the batch has no image."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
+
+
+@dataclass
+class EmmaModelOutputWithPast(_ImageHiddenStates, BaseModelOutputWithPast):
+    """Output of [`EmmaModel`].
+
+    Args:
+        last_hidden_state: (batch, tokens, text width), after the language model's final norm.
+        image_outputs: output of [`EmmaModel.get_image_features`]; its `pooler_output`, Z (images, N, text width),
+            replaced the placeholders. None where the batch has no image.
+        **others: cache (`cache`, before Transformers 5.24 `past_key_values`), `hidden_states` and `attentions` of the
+            language model, where they are asked for.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class EmmaCausalLMOutputWithPast(_ImageHiddenStates, CausalLMOutputWithPast):
+    """Output of [`EmmaForConditionalGeneration`].
+
+    Args:
+        loss: scalar, where `labels` are given.
+        logits: (batch, tokens or `logits_to_keep`, vocabulary).
+        image_outputs: see [`EmmaModelOutputWithPast`].
+        **others: see [`EmmaModelOutputWithPast`].
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+class EmmaVisualAlignment(nn.Module):
+    """Linear map over the token axis: `Wa [V ; P] + ba`, visual tokens first (paper section 3).
+
+    Not an `nn.Linear`: quantizers replace those and assume that the last axis is multiplied.
+    """
+
+    def __init__(self, visual_tokens: int, instruction_tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(visual_tokens, visual_tokens + instruction_tokens))
+        self.bias = nn.Parameter(torch.empty(visual_tokens))
+
+    def forward(self, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """V (images, N, vision width) and P (images, T, vision width) to F (images, N, vision width)."""
+        return visual_alignment_reference(vision_features, projected, self.weight, self.bias)
 
 
 class EmmaModalityAdaptation(nn.Module):
@@ -41,6 +105,9 @@ class EmmaModalityAdaptation(nn.Module):
 
     The authors' `encoder_version` v3 adds a learned offset to F.
     """
+
+    # The modules whose weights the kernels read, and the only classes for which that is right.
+    kernel_modules = {"instruction_projection": nn.Linear, "visual_alignment": EmmaVisualAlignment}
 
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
@@ -52,7 +119,7 @@ class EmmaModalityAdaptation(nn.Module):
 
     def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
         """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
-        if runs_fused(self.config.fusion_implementation, self, vision_features, instruction_features):
+        if should_use_kernels(self.config.fusion_implementation, self, vision_features, instruction_features):
             fused = fused_adaptation(self, vision_features, instruction_features)
         else:
             dtype = self.visual_alignment.weight.dtype
@@ -200,9 +267,9 @@ class EmmaModel(EmmaPreTrainedModel):
         self._check_instruction_ids(instruction_input_ids)
         encoder = self.instruction_encoder
         weight = core_of(encoder).embeddings.token_embedding.weight
-        instruction_input_ids = instruction_input_ids.to(device_of(weight, instruction_input_ids))
+        instruction_input_ids = instruction_input_ids.to(execution_device(weight, instruction_input_ids))
         # One question about several pictures is read once.
-        instruction_input_ids, rows = distinct_rows(instruction_input_ids)
+        instruction_input_ids, rows = unique_rows(instruction_input_ids)
         with torch.set_grad_enabled(needs_grad(encoder)):
             hidden_states = encoder(instruction_input_ids).last_hidden_state
         kept = {"full": slice(None), "patch": slice(1, None), "cls": slice(0, 1)}
@@ -380,8 +447,8 @@ class EmmaModel(EmmaPreTrainedModel):
             # A decoding step is one token, never a placeholder: checking it would only stall the device.
             if input_ids is not None:
                 self.get_placeholder_mask(input_ids, inputs_embeds, None)
-            if steps_together(self):
-                inputs_embeds = inputs_embeds + self._unseen_picture(inputs_embeds).sum().to(inputs_embeds)
+            if requires_synced_forward(self):
+                inputs_embeds = inputs_embeds + self._dummy_image_features(inputs_embeds).sum().to(inputs_embeds)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -392,7 +459,7 @@ class EmmaModel(EmmaPreTrainedModel):
         )
         return EmmaModelOutputWithPast(**language_model_fields(outputs), image_outputs=image_outputs)
 
-    def _unseen_picture(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _dummy_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
 
         The other processes wait for this one wherever a weight is gathered or a gradient is averaged.
@@ -412,7 +479,7 @@ class EmmaModel(EmmaPreTrainedModel):
         self._check_pixel_values(pixel_values)
         tower = self.vision_tower
         weight = core_of(tower).embeddings.patch_embedding.weight
-        pixel_values = pixel_values.to(device=device_of(weight, pixel_values), dtype=weight.dtype)
+        pixel_values = pixel_values.to(device=execution_device(weight, pixel_values), dtype=weight.dtype)
         with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
             return tower(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
 
@@ -647,6 +714,49 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return (mask.sum(-1) // self.config.image_seq_length).tolist()
+
+
+def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
+    """The last hidden state, cache, hidden states and attentions in `outputs`, as the running version calls them."""
+    return {name: outputs[name] for name in _LANGUAGE_MODEL_FIELDS if name in outputs}
+
+
+def execution_device(weight: torch.Tensor, inputs: torch.Tensor) -> torch.device:
+    """Device on which the module of `weight` runs."""
+    # An offloaded weight lies on the meta device until its module runs; accelerate then moves the inputs itself.
+    return inputs.device if weight.is_meta else weight.device
+
+
+def needs_grad(tower: nn.Module, inputs: torch.Tensor | None = None) -> bool:
+    """Whether an autograd graph is recorded in `tower`: not for frozen towers, which then keep no activations."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(p.requires_grad for p in tower.parameters()) or (inputs is not None and inputs.requires_grad)
+
+
+def requires_synced_forward(model: nn.Module) -> bool:
+    """Whether other processes wait in this forward pass for each weight of `model`.
+
+    In training they average gradients (DDP). Where the weights themselves are sharded (FSDP, ZeRO-3) they gather each
+    of them, outside training too.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    # The shards of FSDP2 are DTensors, recognized without importing their module; those of ZeRO-3 have an id.
+    sharded = (hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
+    return model.training or any(sharded)
+
+
+def unique_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The unique rows of `ids` (rows, tokens), and for each row the index of its unique row, (rows,).
+
+    Where no row repeats, or the values cannot be read (compiled, on the meta device), `ids` and None.
+    """
+    if torch.compiler.is_compiling() or ids.is_meta or ids.shape[0] < 2:
+        return ids, None
+    unique, indices = torch.unique(ids, dim=0, return_inverse=True)
+    return (unique, indices) if len(unique) < len(ids) else (ids, None)
 
 
 __all__ = ["EmmaForConditionalGeneration", "EmmaModel", "EmmaPreTrainedModel"]

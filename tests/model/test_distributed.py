@@ -94,7 +94,7 @@ def test_what_is_not_seen_changes_no_bit(monkeypatch):
     with torch.no_grad():
         # Not even where the black picture would be no number.
         model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
-    monkeypatch.setattr("emma_hf.model.modeling_emma.steps_together", lambda model: True)
+    monkeypatch.setattr("emma_hf.model.modeling_emma.requires_synced_forward", lambda model: True)
     together = model(**inputs).logits
     assert torch.equal(alone, together)
     together.sum().backward()
@@ -119,7 +119,7 @@ def test_rules_that_renamed_nothing_are_not_undone_on_saving(tmp_path):
 def test_no_weight_is_looked_at_before_its_module_runs(monkeypatch):
     # Under ZeRO-3 a look gathers the weight, and the processes that have a picture do not look there.
     model = prepare(tiny_model(), "finetune").train()
-    monkeypatch.setattr("emma_hf.model.modeling_emma.steps_together", lambda model: True)
+    monkeypatch.setattr("emma_hf.model.modeling_emma.requires_synced_forward", lambda model: True)
     projector = model.model.multi_modal_projector
     running, early = [False], []
     projector.register_forward_pre_hook(lambda *args: running.__setitem__(0, True))
