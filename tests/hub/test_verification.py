@@ -9,10 +9,11 @@ import transformers
 from huggingface_hub import constants
 from support.hub_client import NAME
 
-from emma_hf import EMMA_TINY
+from emma_hf import EMMA_TINY, __version__
 from emma_hf.cli import main
 from emma_hf.hub import check, push
-from emma_hf.hub.manifest import MANIFEST_NAME, files_of, read_manifest
+from emma_hf.hub.manifest import MANIFEST_NAME, files_of, read_manifest, sha256_of
+from emma_hf.model.code_files_emma import HUB_FILES
 
 
 def test_an_exported_folder_passes_the_check(exported, capfd):
@@ -22,6 +23,8 @@ def test_an_exported_folder_passes_the_check(exported, capfd):
     listed = read_manifest(exported)
     for name, entry in listed.items():
         assert f"| {name} | {entry['size']} | {entry['sha256'][:12]} | ok |" in table
+    for name in (*HUB_FILES, "handler.py"):
+        assert f"| {name} | {listed[name]['sha256']} | emma-hf {__version__} |" in table
     assert re.search(r"\| weights \|.*\d+ tensors in whole files", table)
     assert re.search(rf"\| answer \|.*'.+' on Transformers {re.escape(transformers.__version__)}", table)
 
@@ -82,6 +85,35 @@ def test_the_check_finds_what_is_damaged_and_runs_no_foreign_code(exported, tmp_
     assert "library_name: transformers" in wrong.pop("card")
     assert "other code than modeling_emma.py" in wrong.pop("answer")
     assert not wrong
+
+
+def test_code_that_hides_is_run_only_by_permission(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / "processor_config.json").read_text())
+    auto_map = {"AutoProcessor": "__pycache__/evil.EmmaProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    report = check(folder)
+    answer = failures_of(report)["answer"]
+    assert "not asked: this version of emma-hf has other code than __pycache__/evil.py, `auto_map`" in answer
+    assert not (tmp_path / "ran").exists()
+    assert f"| __pycache__/evil.py | {sha256_of(folder / '__pycache__' / 'evil.py')} | other code |" in report.table()
+    check(folder, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_kernels_of_the_hub_are_named(exported, tmp_path, unasked):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    kernels = {"_attn_implementation": "org/kernel", "_attn_implementation_internal": "sdpa"}
+    (folder / "config.json").write_text(json.dumps({**config, **kernels}))
+    failures = failures_of(check(folder))
+    assert failures["config"] == (
+        "`_attn_implementation` 'org/kernel' loads code from elsewhere: remove it; "
+        "`_attn_implementation_internal` 'sdpa' loads code from elsewhere: remove it"
+    )
+    assert "`_attn_implementation` 'org/kernel' in config.json" in failures["answer"]
 
 
 def test_a_folder_without_code_or_manifest_is_told(hub, unasked):
