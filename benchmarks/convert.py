@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from emma_hf.storage.tensors import in_memory, write_shards
+from emma_hf.storage.tensors import MemoryTensor, write_shards
 
 REFERENCE = Path(__file__).parent.parent / "tests" / "fixtures" / "reference" / "original"
 WIDTH, INNER, VOCABULARY = 2048, 5504, 700
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, size: int) -> int:
         shapes.update(layer_shapes(index))
     # One random block serves all tensors: what matters is their size.
     noise = torch.randn(INNER * WIDTH, generator=torch.Generator().manual_seed(0)).half()
-    tensors = {name: in_memory(noise[: torch.Size(shape).numel()].reshape(shape)) for name, shape in shapes.items()}
+    tensors = {name: MemoryTensor(noise[: torch.Size(shape).numel()].reshape(shape)) for name, shape in shapes.items()}
     write_shards(folder, tensors, SHARD)
     path = folder / "config.json"
     heads = WIDTH // 128

@@ -27,6 +27,8 @@ from ..model.quantization_emma import bitsandbytes_config
 from ..storage.folders import new_folder, read_json, write_json
 from ..storage.hub_access import resolve
 from ..storage.tensors import (
+    AppendedTensor,
+    ShortenedTensor,
     StoredTensor,
     cast,
     mean_row,
@@ -34,8 +36,6 @@ from ..storage.tensors import (
     parse_size,
     read_checkpoint,
     read_pickle,
-    with_row,
-    without_last_row,
     write_safetensors,
     write_shards,
 )
@@ -147,9 +147,9 @@ def convert(
         tensors |= _fusion_tensors(source, config)
         tensors |= _renamed(read_checkpoint(clip), CLIP_KEYS, clip)
         if EMBEDDING in tensors:
-            tensors[EMBEDDING] = with_row(tensors[EMBEDDING], mean_row(tensors[EMBEDDING]))
+            tensors[EMBEDDING] = AppendedTensor(tensors[EMBEDDING], mean_row(tensors[EMBEDDING]))
         if HEAD in tensors:
-            tensors[HEAD] = with_row(tensors[HEAD], torch.zeros(tensors[HEAD].shape[1]))
+            tensors[HEAD] = AppendedTensor(tensors[HEAD], torch.zeros(tensors[HEAD].shape[1]))
         tensors = _checked(tensors, config, source)
         tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
 
@@ -212,7 +212,7 @@ def reverse(
             )
         for name in (EMBEDDING, HEAD):
             if name in stored:
-                stored[name] = without_last_row(stored[name])
+                stored[name] = ShortenedTensor(stored[name])
 
         tables = (REVERSE_LANGUAGE_MODEL_KEYS, REVERSE_FUSION_KEYS, REVERSE_CLIP_KEYS)
         language_model, fusion, towers = (_matching(stored, table) for table in tables)

@@ -1,0 +1,60 @@
+"""Folders that appear when they are complete, and JSON files whose errors name them."""
+
+import stat
+
+import pytest
+
+from emma_hf import EmmaError
+from emma_hf.storage.folders import new_folder, read_json, write_json
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path):
+    output = tmp_path / "deep" / "out"
+    with new_folder(output) as folder:
+        assert folder.parent == output.parent
+        (folder / "file").write_text("content")
+        assert not output.exists()
+    assert (output / "file").read_text() == "content"
+    assert stat.S_IMODE(output.stat().st_mode) == 0o755
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_nothing_behind(tmp_path, error):
+    with pytest.raises(error), new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("content")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_refused(tmp_path):
+    with pytest.raises(EmmaError, match=f"OUTPUT must not exist yet: {tmp_path} does"), new_folder(tmp_path):
+        pass
+
+
+def test_json_is_written_for_people_and_read_back(tmp_path):
+    values = {"name": "Émile", "list": [1, None]}
+    write_json(tmp_path / "file.json", values)
+    assert (tmp_path / "file.json").read_text(encoding="utf-8") == (
+        '{\n  "name": "Émile",\n  "list": [\n    1,\n    null\n  ]\n}\n'
+    )
+    assert read_json(tmp_path / "file.json") == values
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"file\.json is not JSON \(.*\)\. Fetch it again"),
+        (b"\xff", r"file\.json is not JSON"),
+        (b"[1]", r"file\.json must hold a JSON object: got list"),
+    ],
+)
+def test_a_damaged_json_file_is_named(tmp_path, content, message):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(EmmaError, match=message):
+        read_json(tmp_path / "file.json")
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"file\.json is missing\. Fetch it with the checkpoint"):
+        read_json(tmp_path / "file.json")
