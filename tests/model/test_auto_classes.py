@@ -33,7 +33,9 @@ def answer(model, processor):
 
 EVERY_CLASS = """
 import sys, torch, transformers
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+# Before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 source, trust = sys.argv[1], {"trust_remote_code": sys.argv[2] == "remote"}
 module = "transformers_modules" if sys.argv[2] == "remote" else "emma_hf"
 classes = [AutoModelForImageTextToText]
