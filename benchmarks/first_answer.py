@@ -24,7 +24,8 @@ marks["their parts"] = time.process_time()
 """
 AFTER = """
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.scenes import Scene
+from emma_hf.tiny.drawing import draw
 marks["import emma_hf"] = time.process_time()
 processor = EmmaProcessor.from_pretrained(EMMA_TINY)
 model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype="auto").eval()

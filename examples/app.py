@@ -23,7 +23,8 @@ from transformers import TextIteratorStreamer
 from emma_hf import EMMA_TINY
 from emma_hf.inference import load_model
 from emma_hf.model.instruction_emma import encode_instruction, instructions_from_messages
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 # Scenes in which emma-tiny has something to tell apart.
 EXAMPLE_SEEDS = (0, 3, 9, 14, 20, 27, 31, 45)

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 
 from emma_hf import EMMA_TINY
 from emma_hf.hub import export
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 # Seed of each scene, and the question about it.
 QUESTIONS = (

@@ -69,7 +69,9 @@ def trainable(tmp_path_factory, processor):
 def untrained(tmp_path_factory):
     """emma-tiny's processor with the tokenizers that the scenes teach, and EMMA around towers at random."""
     # Here, because the environment of the chat page has no tools for training.
-    from emma_hf.tiny.training import clip_model, tiny_processor, untrained_tiny
+    from emma_hf.tiny.clip import clip_model
+    from emma_hf.tiny.tokenizers import tiny_processor
+    from emma_hf.tiny.training import untrained_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
     processor = tiny_processor(folder / "tokenizers")

@@ -11,7 +11,8 @@ from support.processes import run_python
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.hub import export
 from emma_hf.hub.template.handler import PARAMETERS, EndpointHandler
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 QUESTION = "How many things are there?"
 

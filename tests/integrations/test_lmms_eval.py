@@ -22,7 +22,8 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.scenes import Scene
+from emma_hf.tiny.drawing import draw
 
 work, folder = Path(sys.argv[1]), sys.argv[2]
 questions = ["Is there a red circle?", "Is there a blue square?", "Is there a green star?"]

@@ -61,7 +61,8 @@ os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
 import torch
 from vllm import LLM, SamplingParams
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.scenes import Scene
+from emma_hf.tiny.drawing import draw
 
 if __name__ == "__main__":
     processor = EmmaProcessor.from_pretrained(sys.argv[1])

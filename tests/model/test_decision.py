@@ -10,7 +10,8 @@ from support.processes import run_python
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers.decision") is None, reason="Transformers before 5.24 decides nothing"

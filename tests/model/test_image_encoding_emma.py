@@ -8,7 +8,8 @@ from support.models import tiny_inputs, tiny_model
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.model.modeling_emma import unique_rows
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 QUESTIONS = ("What colour is the star?", "How many circles are there?", "Is there a heart?")
 

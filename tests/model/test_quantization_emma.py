@@ -15,8 +15,9 @@ from emma_hf.conversion import convert
 from emma_hf.model import quantization_emma
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.quantization_emma import NOT_QUANTIZED, bitsandbytes_config
+from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.evaluation import answers
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.scenes import Scene
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

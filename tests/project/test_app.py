@@ -14,7 +14,8 @@ import httpx
 
 from emma_hf import EMMA_TINY
 from emma_hf.model.instruction_emma import encode_instruction
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 APP = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "app.py"), run_name="app")
 

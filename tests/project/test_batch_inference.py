@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 pytest.importorskip("ray", reason="batches on many machines need ray: `make test-app`")
 import pyarrow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emma_hf.tiny.training import has_fast_bfloat16
+from emma_hf.tiny.recipe import has_fast_bfloat16
 
 ROOT = Path(__file__).parents[2]
 # A processor without bfloat16 takes an hour for what float32 does in minutes.

@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 from emma_hf import EMMA_TINY
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.hub import export
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.scenes import Scene
+from emma_hf.tiny.drawing import draw
 from emma_hf.training.trainer import EmmaTrainer
 from emma_hf.training.stages import prepare, stage_of
 

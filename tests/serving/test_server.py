@@ -22,7 +22,8 @@ from PIL import Image
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.model.instruction_emma import encode_instruction
-from emma_hf.tiny.scenes import Scene, draw
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 QUESTIONS = ("How many things are there?", "Describe the picture.", "Is there a red circle?")
 SEEDS = (1, 2)

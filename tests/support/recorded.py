@@ -3,11 +3,7 @@
 import torch
 
 IMAGE_TOKENS = 16
-
-
 AUTHORS_VOCABULARY = 700
-
-
 # The authors' names of the weights whose gradients are recorded, and ours.
 GRADIENTS = {
     "lm_head.weight": "lm_head.weight",

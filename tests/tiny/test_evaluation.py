@@ -17,8 +17,9 @@ from emma_hf.tiny.evaluation import (
     table,
     yes_no,
 )
+from emma_hf.tiny.questions import FAMILIES, Question
 from emma_hf.tiny.rows import CLIP_SEEDS, TEST_SEEDS, TRAIN_SEEDS
-from emma_hf.tiny.scenes import FAMILIES, HELD_OUT_PAIRS, Question, Scene, Thing
+from emma_hf.tiny.scenes import HELD_OUT_PAIRS, Scene, Thing
 
 
 def thing(colour: str, shape: str) -> Thing:

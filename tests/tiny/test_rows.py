@@ -8,8 +8,9 @@ import torch
 from emma_hf.data import encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction
 from emma_hf.tiny import rows as tiny_rows
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.questions import ENDING, EXERCISES, FAMILIES, caption
 from emma_hf.tiny.rows import TRAINED_FAMILIES, Rows, SideBySide, training_scene, vision_features
-from emma_hf.tiny.scenes import ENDING, EXERCISES, FAMILIES, caption, draw
 
 
 def check_unshown(item, turns, tokenizer) -> int:

@@ -10,26 +10,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from emma_hf.tiny.scenes import (
+from emma_hf.tiny.contrasts import siblings
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.questions import (
     CAPTION_WORDINGS,
-    COLOURS,
     ENDING,
     EXERCISES,
     FAMILIES,
-    HELD_OUT_PAIRS,
-    SHAPES,
-    SIZES,
     WORDINGS,
-    Chance,
-    Scene,
     ask,
     caption,
     caption_question,
     captioned,
-    draw,
     questions,
-    siblings,
 )
+from emma_hf.tiny.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, Chance, Scene
 
 SEEDS = range(600)
 NOUNS = {**{shape: shape for shape in SHAPES}, **{f"{s}s": s for s in SHAPES}, "crosses": "cross"}

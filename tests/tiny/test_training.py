@@ -13,18 +13,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.cli import main
 from emma_hf.model.instruction_emma import encode_instruction
+from emma_hf.tiny.clip import Captioned, clip_model, collate_groups
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.questions import ENDING
+from emma_hf.tiny.recipe import SMOKE, has_fast_bfloat16
 from emma_hf.tiny.rows import Rows, SideBySide
-from emma_hf.tiny.scenes import ENDING, SHAPES, Scene, draw
-from emma_hf.tiny.training import (
-    SMOKE,
-    Captioned,
-    InOrderEmma,
-    clip_model,
-    collate_groups,
-    has_fast_bfloat16,
-    loss_without,
-    train_tiny,
-)
+from emma_hf.tiny.scenes import SHAPES, Scene
+from emma_hf.tiny.training import InOrderEmma, loss_without, train_tiny
 
 
 def losses(folder) -> list[float]:

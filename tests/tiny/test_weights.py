@@ -15,9 +15,10 @@ from support.processes import run_python
 
 from emma_hf import EMMA_TINY, AutoModelForVision2Seq, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
+from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.evaluation import answers, fresh_questions, is_right, table
-from emma_hf.tiny.scenes import Scene, draw
-from emma_hf.tiny.training import tiny_processor
+from emma_hf.tiny.scenes import Scene
+from emma_hf.tiny.tokenizers import tiny_processor
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -237,7 +237,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _draw_scene(args: argparse.Namespace) -> None:
-    from ..tiny.scenes import Scene, caption, draw
+    from ..tiny.drawing import draw
+    from ..tiny.questions import caption
+    from ..tiny.scenes import Scene
 
     if args.side < 16:
         raise EmmaError(f"`--side` must be at least 16 pixels: got {args.side}.")
@@ -247,7 +249,8 @@ def _draw_scene(args: argparse.Namespace) -> None:
 
 
 def _train_tiny(args: argparse.Namespace) -> None:
-    from ..tiny.training import SMOKE, Budget, train_tiny
+    from ..tiny.recipe import SMOKE, Budget
+    from ..tiny.training import train_tiny
 
     folder = train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed, args.compile)
     print(f"wrote {folder}", file=sys.stderr)

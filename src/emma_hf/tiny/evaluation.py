@@ -13,8 +13,10 @@ from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..training.plots import figure_class
+from .drawing import draw
+from .questions import FAMILIES, Question, ask, caption_question
 from .rows import TEST_SEEDS
-from .scenes import COLOURS, FAMILIES, SHAPES, SIZES, Chance, Question, Scene, ask, caption_question, draw
+from .scenes import COLOURS, SHAPES, SIZES, Chance, Scene
 
 # Questions of one evaluation have seeds of their own, up to so many.
 MOST_QUESTIONS = 10_000_000

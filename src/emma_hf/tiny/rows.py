@@ -18,7 +18,9 @@ from ..data.conversations import IGNORED, encode_conversation
 from ..model.instruction_emma import encode_instruction, training_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from .scenes import ENDING, Chance, Question, Scene, ask, captioned, draw
+from .drawing import draw
+from .questions import ENDING, Question, ask, captioned
+from .scenes import Chance, Scene
 
 # The seeds of a purpose are its own: no test scene was ever trained on.
 CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_000

@@ -1,0 +1,119 @@
+"""Sizes, budgets and settings of all phases of training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import SequentialSampler
+from transformers import (
+    Trainer,
+    TrainingArguments,
+)
+
+from ..model.compat_emma import WARMUP_SHARE
+from ..training.checkpoints import last_complete_checkpoint
+from ..training.plots import plot_loss
+from .muon import MuonWithAdamW
+
+SIDE, PATCH = 112, 14
+VISUAL_TOKENS = (SIDE // PATCH) ** 2
+VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+INSTRUCTION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3}
+PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
+# Scenes in a group of contrastive learning.
+GROUP = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train.
+
+    Args:
+        clip_steps: of contrastive learning, of `clip_groups` scenes with their siblings.
+        pictures: of which V is computed and kept, for both stages.
+        pretrain_rows, finetune_rows: of the stages, a picture and what is said about it each.
+        batch_size: rows in a step of the stages.
+
+    Groups and rows of a step are those of all processes together.
+    """
+
+    clip_steps: int = 9_000
+    clip_groups: int = 8
+    pictures: int = 80_000
+    pretrain_rows: int = 6_400
+    finetune_rows: int = 176_000
+    batch_size: int = 32
+    clip_rate: float = 2e-3
+    pretrain_rate: float = 1e-3
+    finetune_rate: float = 2e-3
+
+
+SMOKE = Budget(
+    clip_steps=150, clip_groups=8, clip_rate=2e-3, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32
+)
+
+
+class InOrder(Trainer):
+    """Rows in the order of their numbers: none is ever seen twice, so there is nothing to shuffle.
+
+    Matrices are trained by Muon, the rest by AdamW at a share of its rate.
+    """
+
+    adam_share = 0.5
+    optimizer: Any
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """[`MuonWithAdamW`]."""
+        if self.optimizer is None:
+            args = self.args
+            rates = args.learning_rate, self.adam_share * args.learning_rate
+            self.optimizer = MuonWithAdamW(self.model, *rates, args.weight_decay, (args.adam_beta1, args.adam_beta2))
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
+    processes = PartialState().num_processes
+    values: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size // processes,
+        "learning_rate": rate,
+        "lr_scheduler_type": "cosine",
+        WARMUP_SHARE: 0.03,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, min(50, steps // 6)),
+        "logging_first_step": True,
+        "save_steps": max(1, min(500, steps // 3)),
+        "save_total_limit": 1,
+        "seed": seed,
+        "report_to": "none",
+        "bf16": torch.cuda.is_available() or has_fast_bfloat16(torch.cpu.get_capabilities()),
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": 1,
+        "ddp_backend": "gloo" if processes > 1 and not torch.cuda.is_available() else None,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**values, **more})
+
+
+def has_fast_bfloat16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU of these `torch.cpu.get_capabilities()` multiplies in bfloat16.
+
+    Where it does not, float32 was eight times faster.
+    """
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def _run(trainer: Trainer, folder: Path, unit: str) -> None:
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    trainer.save_model()
+    trainer.save_state()
+    plot_loss(trainer.state.log_history, folder / "loss.png", unit)

@@ -1,0 +1,85 @@
+"""emma-tiny's tokenizers, learned from what is asked and said about scenes."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..conversion.converter import prompt_tokenizer
+from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from ..model.image_processing_emma import EmmaImageProcessor
+from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
+from .questions import caption, caption_question, questions
+from .recipe import INSTRUCTION_MERGES, PROMPT_VOCABULARY, SIDE, VISUAL_TOKENS
+from .rows import TRAIN_SEEDS
+from .scenes import Chance, Scene
+
+
+def _texts(count: int) -> Iterator[tuple[str, str]]:
+    """Everything that is asked and said about some scenes."""
+    for seed in range(TRAIN_SEEDS - count, TRAIN_SEEDS):
+        scene, chance = Scene.random(seed), Chance(seed)
+        yield caption_question(chance), caption(scene)
+        for held_out in (False, True):
+            for question in questions(scene, chance, held_out):
+                yield question.text, question.answer
+
+
+def tiny_processor(folder: Path) -> EmmaProcessor:
+    """The processor with tokenizers of its own, learned from the scenes' words."""
+    if (folder / "processor_config.json").is_file():
+        return EmmaProcessor.from_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = list(_texts(2000))
+    processor = EmmaProcessor(
+        EmmaImageProcessor(size=SIDE, crop_size=SIDE),
+        _learn_prompt_tokenizer(
+            [f"{SYSTEM_PROMPT} USER: \n{asked} ASSISTANT: {said}" for asked, said in texts], folder
+        ),
+        _learn_instruction_tokenizer([text for pair in texts for text in pair], folder),
+        image_seq_length=VISUAL_TOKENS,
+    )
+    processor.save_pretrained(folder)
+    return processor
+
+
+def _learn_instruction_tokenizer(texts: list[str], folder: Path) -> Any:
+    """Byte-pair merges in CLIP's format: lower case, `</w>` at the end of a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator([text.lower() for text in texts], trainer)
+    merges = [" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:INSTRUCTION_MERGES]
+    path = folder / BPE_NAME
+    path.write_bytes(gzip.compress("\n".join(["#version: 0.2", *merges]).encode(), mtime=0))
+    return load_instruction_tokenizer(path)
+
+
+def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
+    """A sentencepiece model with Llama's settings."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=PROMPT_VOCABULARY,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    values = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "pad_token": "<unk>", "unk_token": "<unk>"}
+    values |= {"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return prompt_tokenizer(folder, {}, PROMPT_VOCABULARY)
