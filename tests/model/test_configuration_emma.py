@@ -18,7 +18,7 @@ def test_the_default_is_the_released_7b_model():
     assert (config.instruction_length, config.instruction_seq_length) == (77, 77)
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
     assert (config.instruction_feature_layer, config.instruction_feature_select_strategy) == (-2, "full")
-    assert (config.visual_offset, config.projector_hidden_act, config.fusion_implementation) == (False, "gelu", "auto")
+    assert (config.visual_offset, config.projector_hidden_act, config.fusion_implementation) == (False, "gelu", "eager")
     text, vision, instruction = config.text_config, config.vision_config, config.instruction_config
     assert (text.model_type, text.vocab_size, text.hidden_size, text.intermediate_size) == (
         "llama",

@@ -6,6 +6,7 @@ from support.models import tiny_inputs, tiny_model
 from support.recorded import recorded_inputs
 from transformers import TextIteratorStreamer
 
+from emma_hf import EmmaForConditionalGeneration
 from emma_hf.model.compat_emma import CACHE_NAME
 
 RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
@@ -17,7 +18,6 @@ def tiny():
     # Random models like to end at once; here they go on.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    model.generation_config.suppress_tokens = [model.config.image_token_index]
     return model
 
 
@@ -246,3 +246,21 @@ def test_a_wrong_number_of_images_stops_beam_search(tiny):
     inputs = {**inputs, **{name: inputs[name][:2] for name in ("pixel_values", "instruction_input_ids")}}
     with pytest.raises(ValueError, match="Image features and image tokens do not match: 48 tokens"):
         new_tokens(tiny, inputs, num_beams=2)
+
+
+def test_every_model_suppresses_the_placeholder(tmp_path):
+    model = tiny_model()
+    image = model.config.image_token_index
+    assert model.generation_config.suppress_tokens == [image]
+    model.save_pretrained(tmp_path)
+    assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]
+
+    # A file of another tool, with a choice of its own, without one, and no file.
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"suppress_tokens": [5], "do_sample": true}')
+    loaded = EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert loaded.suppress_tokens == [5, image] and loaded.do_sample
+    path.write_text("{}")
+    assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]
+    path.unlink()
+    assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]

@@ -370,6 +370,20 @@ def test_the_vocabulary_can_grow():
         torch.testing.assert_close(model(**inputs).logits[..., :120], expected)
 
 
+def test_the_accessors_reach_the_language_model():
+    model = tiny_model()
+    language_model = model.model.language_model
+    assert model.get_input_embeddings() is model.model.get_input_embeddings() is language_model.embed_tokens
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.get_decoder() is model.model.get_decoder() is language_model
+    embedding, head, other = torch.nn.Embedding(120, 48), torch.nn.Linear(48, 120), tiny_model().model.language_model
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+    assert language_model.embed_tokens is embedding and model.lm_head is head
+    model.set_decoder(other)
+    assert model.model.language_model is other
+
+
 def test_the_tensor_parallel_plan_names_the_head():
     assert "lm_head" in EmmaForConditionalGeneration._tp_plan
 

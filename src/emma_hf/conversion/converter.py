@@ -13,7 +13,6 @@ from transformers import (
     AddedToken,
     AutoTokenizer,
     CLIPConfig,
-    GenerationConfig,
     PretrainedConfig,
 )
 
@@ -21,7 +20,7 @@ from ..model.compat_emma import nested_tower_name
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.image_processing_emma import EmmaImageProcessor
-from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.modeling_emma import EmmaForConditionalGeneration, default_generation_config
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config
 from ..storage.folders import new_folder, read_json, write_json
@@ -157,7 +156,7 @@ def convert(
         config.dtype = most_common_dtype(tensors.values())
         _processor(source, clip, authors, config).save_pretrained(folder)
         config.save_pretrained(folder)
-        generation_config(config).save_pretrained(folder)
+        default_generation_config(config).save_pretrained(folder)
         if (source / "tokenizer.model").is_file():
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
         write_shards(folder, tensors, limit, progress)
@@ -451,18 +450,6 @@ def _instruction_tokenizer(source: Path, clip: Path) -> Any:
         return load_instruction_tokenizer(source / BPE_NAME)
     except FileNotFoundError:
         return load_instruction_tokenizer(clip)
-
-
-def generation_config(config: EmmaConfig) -> GenerationConfig:
-    """What `generate` must know of a model: its special tokens, and that it never says the placeholder."""
-    text = config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id if text.pad_token_id is not None else text.eos_token_id,
-        # Prompt lookup, and a model in doubt, would otherwise propose the placeholder.
-        suppress_tokens=[config.image_token_index],
-    )
 
 
 def _clip_config(clip: Path) -> CLIPConfig:

@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import EMMA_TINY
-from ..conversion.converter import generation_config
 from ..inference import answer, load_model
 from ..model.code_files_emma import AUTO_MAP, copy_code_files
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
+from ..model.modeling_emma import default_generation_config
 from ..model.processing_emma import EmmaProcessor
 from ..storage.folders import new_folder, read_json, write_json
 from ..storage.hub_access import resolve
@@ -169,7 +169,7 @@ def _write_generation_config(source: Path, target: Path, config: EmmaConfig) -> 
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     else:
-        generation_config(config).save_pretrained(target)
+        default_generation_config(config).save_pretrained(target)
 
 
 def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[tuple[str, str, str]]:

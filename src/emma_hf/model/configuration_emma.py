@@ -78,8 +78,9 @@ class EmmaConfig(PretrainedConfig):
         visual_offset: whether a learned (visual tokens, vision width) offset is added to the fused tokens (the
             authors' `encoder_version` v3).
         projector_hidden_act: activation of the projector.
-        fusion_implementation: how the modality adaptation is computed: `"eager"` (plain PyTorch), `"triton"` (fused
-            kernels; an error where they cannot run) or `"auto"` (the kernels on CUDA where they can run, else eager).
+        fusion_implementation: how the modality adaptation is computed: `"eager"` (plain PyTorch; the default, because
+            the kernels have not been measured on a GPU), `"triton"` (fused kernels; an error where they cannot run) or
+            `"auto"` (the kernels on CUDA where they can run, else eager).
 
     Raises:
         EmmaError: a value outside its choices, or token counts that disagree with the towers.
@@ -108,7 +109,7 @@ class EmmaConfig(PretrainedConfig):
         instruction_length: int = 77,
         visual_offset: bool = False,
         projector_hidden_act: str = "gelu",
-        fusion_implementation: str = "auto",
+        fusion_implementation: str = "eager",
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -183,7 +183,8 @@ class EmmaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "EmmaPreTrainedModel":
         """`PreTrainedModel.from_pretrained`, which here reads both spellings of the towers' weight names.
 
-        A `quantization_config` of any method quantizes the language model's layers and nothing else.
+        A `quantization_config` of any method quantizes the language model's layers and nothing else. The placeholder is
+        never generated, whatever the checkpoint's `generation_config.json` says of `suppress_tokens`.
 
         Raises:
             EmmaError: a weight file that is truncated or damaged, weights of another shape than the config says, or
@@ -196,7 +197,10 @@ class EmmaPreTrainedModel(PreTrainedModel):
         kwargs = with_whole_parts(kwargs)
         with loading_errors(args[0] if args else "the checkpoint"):
             loaded = super().from_pretrained(*args, **kwargs)
-        keep_exact(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        keep_exact(model)
+        if model.can_generate():
+            suppress_image_token(model.generation_config, model.config)
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -563,25 +567,8 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EmmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.generation_config = default_generation_config(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
-
-    def get_decoder(self) -> nn.Module:
-        return self.model.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        self.model.set_decoder(decoder)
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Visual tokens V (images, N, vision width); see [`EmmaModel.get_vision_features`]."""
@@ -719,6 +706,23 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
 def language_model_fields(outputs: ModelOutput) -> dict[str, Any]:
     """The last hidden state, cache, hidden states and attentions in `outputs`, as the running version calls them."""
     return {name: outputs[name] for name in _LANGUAGE_MODEL_FIELDS if name in outputs}
+
+
+def default_generation_config(config: EmmaConfig) -> GenerationConfig:
+    """Generation config of a model whose checkpoint brings none: the special tokens, and no generated placeholder."""
+    generation_config = GenerationConfig.from_model_config(config)
+    if generation_config.pad_token_id is None:
+        end = generation_config.eos_token_id
+        generation_config.pad_token_id = end[0] if isinstance(end, list) else end
+    suppress_image_token(generation_config, config)
+    return generation_config
+
+
+def suppress_image_token(generation_config: GenerationConfig, config: EmmaConfig) -> None:
+    """Add the placeholder to `suppress_tokens`: prompt lookup, or an undecided model, would otherwise generate it."""
+    suppressed = generation_config.suppress_tokens or []
+    if config.image_token_index not in suppressed:
+        generation_config.suppress_tokens = [*suppressed, config.image_token_index]
 
 
 def execution_device(weight: torch.Tensor, inputs: torch.Tensor) -> torch.device:

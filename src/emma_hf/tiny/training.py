@@ -18,7 +18,6 @@ from transformers import (
     set_seed,
 )
 
-from ..conversion.converter import generation_config
 from ..data.conversations import IGNORED
 from ..model.compat_emma import core_of
 from ..model.configuration_emma import EmmaConfig
@@ -140,7 +139,6 @@ def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaFor
         instruction_length=processor.instruction_length,
     )
     model = EmmaForConditionalGeneration(config)
-    model.generation_config = generation_config(config)
     core_of(model.model.vision_tower).load_state_dict(core_of(clip.vision_model).state_dict())
     core_of(model.model.instruction_encoder).load_state_dict(core_of(clip.text_model).state_dict())
     return model
