@@ -1,5 +1,6 @@
 """The Hub as a source of folders, and what its errors mean to a user."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ _CLIENTS = {"httpcore", "httpx", "httpx2", "requests", "urllib3"}
 
 
 def resolve(
-    source: str | Path,
+    source: str | os.PathLike[str],
     patterns: Sequence[str] | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -85,7 +86,7 @@ def resolve(
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
 
 
-def parse_repo_id(source: str | Path) -> str:
+def parse_repo_id(source: str | os.PathLike[str]) -> str:
     """`source` as a Hub id.
 
     Raises:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..conversion.converter import prompt_tokenizer
 from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from ..conversion.tokenizers import prompt_tokenizer
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 from .questions import caption, caption_question, questions
