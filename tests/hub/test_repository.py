@@ -96,12 +96,23 @@ def test_what_cannot_be_exported_says_why(converted, tmp_path):
     def other_type(folder: Path) -> None:
         (folder / "config.json").write_text('{"model_type": "llava"}')
 
+    def adapter(folder: Path) -> None:
+        (folder / "adapter_config.json").write_text("{}")
+
+    def trained_lora(folder: Path) -> None:
+        shutil.copytree(folder, folder.parent / "copy").rename(folder / "merged")
+        for path in [*folder.glob("*.safetensors"), folder / "config.json"]:
+            path.unlink()
+        adapter(folder)
+
     cases = [
         (other_type, ValueError, "model_type 'emma'.*'llava'.*emma-hf convert"),
         (cut, ValueError, "truncated"),
         (lead_outside, ValueError, "is a link to .*secret.safetensors"),
         (lambda folder: (folder / "model.safetensors").unlink(), FileNotFoundError, "no weights in safetensors"),
         (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "lacks config.json"),
+        (adapter, ValueError, r"holds an adapter \(adapter_config.json\). Merge it with `merge_and_unload` and save"),
+        (trained_lora, ValueError, "holds an adapter .*Export .*/merged; `emma-hf train --stage lora` writes"),
         (lambda folder: (folder / "config.json").write_text("{"), ValueError, "is not JSON"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), FileNotFoundError, "processor.save_pretrained"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), ValueError, "must be YAML"),

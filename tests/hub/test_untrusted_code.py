@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from emma_hf.hub.manifest import sha256_of
-from emma_hf.hub.untrusted_code import is_packaged_code, kernel_settings, python_files, untrusted_code
+from emma_hf.hub.untrusted_code import find_untrusted_code, is_packaged_code, kernel_settings, python_files
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 
 
@@ -27,7 +27,7 @@ def set_keys(path: Path, **values) -> None:
 
 
 def test_an_exported_folder_has_the_packages_code_alone(folder, exported):
-    assert untrusted_code(folder) == []
+    assert find_untrusted_code(folder) == []
     code = python_files(folder)
     assert set(code) == {*HUB_FILES, "handler.py"}
     assert all(sha256 == sha256_of(exported / name) for name, sha256 in code.items())
@@ -46,7 +46,7 @@ def test_an_exported_folder_has_the_packages_code_alone(folder, exported):
 )  # fmt: skip
 def test_a_python_file_of_others(folder, name):
     write(folder / name)
-    assert untrusted_code(folder) == [name]
+    assert find_untrusted_code(folder) == [name]
     assert python_files(folder)[name] == sha256_of(folder / name)
 
 
@@ -54,13 +54,13 @@ def test_links(folder, exported, tmp_path):
     # The contents decide.
     (folder / "handler.py").unlink()
     (folder / "handler.py").symlink_to(exported / "handler.py")
-    assert untrusted_code(folder) == []
+    assert find_untrusted_code(folder) == []
     write(tmp_path / "evil.py")
     (folder / "handler.py").unlink()
     (folder / "handler.py").symlink_to(tmp_path / "evil.py")
     (folder / "gone.py").symlink_to(tmp_path / "gone.py")
     (folder / "extra").symlink_to(tmp_path, target_is_directory=True)
-    assert untrusted_code(folder) == ["gone.py", "handler.py", "the linked folder extra"]
+    assert find_untrusted_code(folder) == ["gone.py", "handler.py", "the linked folder extra"]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_links(folder, exported, tmp_path):
 )
 def test_an_auto_map_of_others(folder, name, auto_map, entry):
     set_keys(folder / name, auto_map=auto_map)
-    assert untrusted_code(folder) == [f"`auto_map` {entry!r} in {name}"]
+    assert find_untrusted_code(folder) == [f"`auto_map` {entry!r} in {name}"]
     # Also inside of another config.
     set_keys(folder / name, auto_map={}, inner=[{"auto_map": auto_map}])
-    assert untrusted_code(folder) == [f"`auto_map` {entry!r} in {name}"]
+    assert find_untrusted_code(folder) == [f"`auto_map` {entry!r} in {name}"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_an_auto_map_of_others(folder, name, auto_map, entry):
 )
 def test_settings_that_load_code_from_elsewhere(folder, name, key, value):
     set_keys(folder / name, **{key: value})
-    assert untrusted_code(folder) == [f"`{key}` {value!r} in {name}"]
+    assert find_untrusted_code(folder) == [f"`{key}` {value!r} in {name}"]
 
 
 def test_kernels_are_found_inside_of_other_configs():
@@ -113,4 +113,4 @@ def test_kernels_are_found_inside_of_other_configs():
 @pytest.mark.parametrize("text", ["{", "\ufeff{}", "[" * 200_000])
 def test_json_that_cannot_be_read(folder, text):
     (folder / "added.json").write_text(text, encoding="utf-8")
-    assert untrusted_code(folder) == ["unreadable settings in added.json"]
+    assert find_untrusted_code(folder) == ["unreadable settings in added.json"]

@@ -29,7 +29,7 @@ def is_packaged_code(name: str, sha256: str) -> bool:
     return name in (*HUB_FILES, "handler.py") and sha256 == sha256_of(own)
 
 
-def untrusted_code(folder: Path) -> list[str]:
+def find_untrusted_code(folder: Path) -> list[str]:
     """Files and settings that run other code than this package's, as noun phrases; empty if there is none.
 
     These are Python files that the package did not write, `auto_map` entries that name other classes than the

@@ -9,6 +9,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from ..model.errors_emma import EmmaError, HubError
+from ..storage.folders import temporary_folder
 from ..storage.hub_access import hub_errors
 from .manifest import MANIFEST_NAME, REQUIRED_FILES, is_own_file, is_remote_file, read_manifest
 from .repository import export
@@ -59,9 +60,9 @@ def push(
     if source.is_dir() and read_manifest(source) is not None:
         return _upload(source, repo_id, private, revision, force, message, token)
     # Beside the model, so that its weights are linked and not copied.
-    parent = source.parent if source.is_dir() and os.access(source.parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".emma-push-", dir=parent) as place:
-        folder = export(model, Path(place) / repo_id.split("/")[1], repo_id, link=True)
+    parent = source.parent if source.is_dir() and os.access(source.parent, os.W_OK) else Path(tempfile.gettempdir())
+    with temporary_folder(parent, "emma-push") as place:
+        folder = export(model, place / repo_id.split("/")[1], repo_id, link=True)
         return _upload(folder, repo_id, private, revision, force, message, token)
 
 

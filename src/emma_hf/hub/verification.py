@@ -27,7 +27,7 @@ from .manifest import (
     read_manifest,
     sha256_of,
 )
-from .untrusted_code import is_packaged_code, kernel_settings, python_files, untrusted_code
+from .untrusted_code import find_untrusted_code, is_packaged_code, kernel_settings, python_files
 
 
 @dataclass
@@ -105,7 +105,7 @@ def check(
     _check_contents(report, folder)
     report.code = python_files(folder)
     missing = [name for name in HUB_FILES if not (folder / name).is_file()]
-    untrusted = untrusted_code(folder)
+    untrusted = find_untrusted_code(folder)
     if missing:
         names = ", ".join(missing)
         report.add("answer", f"not asked: it lacks {names}, the code files. `emma-hf export` adds them")

@@ -1,6 +1,8 @@
 """Folders that appear when they are complete, and the JSON files in them."""
 
+import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -10,10 +12,18 @@ from typing import Any
 
 from ..model.errors_emma import EmmaError
 
+try:
+    import fcntl
+except ImportError:
+    # Windows has none.
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `output` that is renamed to `output` at the end, and removed after an error.
+
+    What a killed run for the same `output` left there is removed first.
 
     Raises:
         EmmaError: `output` exists.
@@ -22,13 +32,49 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     if output.exists():
         raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with temporary_folder(output.parent, output.name) as folder:
         folder.chmod(0o755)
         yield folder
         folder.rename(output)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a hidden folder in `parent`, `.NAME-<random>.incomplete`, which is removed at the end.
+
+    Folders of that name whose process was killed are removed first: a process locks its folder as long as it runs.
+    Where the file system knows no such locks, they stay.
+    """
+    for abandoned in parent.glob(f".{glob.escape(name)}-????????.incomplete"):
+        lock = _try_lock(abandoned)
+        if lock is not None:
+            shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+    lock = _try_lock(folder)
+    # Not before it is locked does it get the name that others look for.
+    folder = folder.rename(f"{folder}.incomplete")
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Descriptor that locks a folder until it is closed; None if that cannot be, as when another process has it."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def read_json(path: Path) -> dict[str, Any]:
