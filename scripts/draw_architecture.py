@@ -14,13 +14,13 @@ EDGE, NEW_EDGE, TEXT = "#44546a", "#2f7d32", "#1d2733"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", help="picture to write")
+    parser.add_argument("output", help="image to write")
     args = parser.parse_args(argv)
 
     config = EmmaConfig()
-    vision, words, language = config.vision_config, config.instruction_config, config.text_config
+    vision, instruction, language = config.vision_config, config.instruction_config, config.text_config
     tokens, length = config.image_seq_length, config.instruction_seq_length
-    projection = words.hidden_size * vision.hidden_size + vision.hidden_size
+    projection = instruction.hidden_size * vision.hidden_size + vision.hidden_size
     alignment = tokens * (tokens + length) + tokens
 
     figure = figure_class()(figsize=(12, 5.4))
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     axes.set_ylim(0, 54)
     axes.set_axis_off()
 
-    # The module that EMMA adds stands on a ground of its own.
+    # Background of the module that EMMA adds.
     box(axes, 48.5, 6.5, 33, 42, "", "#eef7ee", NEW_EDGE, style="--")
     axes.text(65, 46, "modality adaptation", ha="center", va="center", fontsize=12, weight="bold", color=NEW_EDGE)
     axes.text(
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     arrow(axes, (14, 34.5), (20, 34.5))
     arrow(axes, (14, 16.5), (20, 16.5))
     arrow(axes, (36, 34.5), (67, 34.5), f"V   {tokens} × {vision.hidden_size}", at=0.2)
-    arrow(axes, (36, 16.5), (50, 16.5), f"H   {length} × {words.hidden_size}", at=0.42)
+    arrow(axes, (36, 16.5), (50, 16.5), f"H   {length} × {instruction.hidden_size}", at=0.42)
     arrow(axes, (64, 16.5), (65.6, 16.5), head=False)
     arrow(axes, (65.6, 16.5), (65.6, 26), head=False)
     arrow(axes, (65.6, 26), (67, 26))
@@ -68,22 +68,22 @@ def main(argv: list[str] | None = None) -> None:
     arrow(axes, (112.5, 42), (112.5, 48.5))
     axes.text(112.5, 50.3, "answer", ha="center", va="center", fontsize=10.5, weight="bold", color=TEXT)
 
-    for x, colour, edge, name in (
+    for x, color, edge, name in (
         (3, FROZEN, EDGE, "always frozen"),
         (18, NEW, NEW_EDGE, "new"),
         (26.5, TRAINED, EDGE, "as in LLaVA-1.5"),
     ):
-        box(axes, x, 48.6, 2.6, 2.2, "", colour, edge)
+        box(axes, x, 48.6, 2.6, 2.2, "", color, edge)
         axes.text(x + 3.6, 49.7, name, ha="left", va="center", fontsize=9, color=TEXT)
     figure.savefig(args.output, dpi=110, metadata={"Software": None})
 
 
-def box(axes, x, y, width, height, text, colour, edge=EDGE, style="-") -> None:
+def box(axes, x, y, width, height, text, color, edge=EDGE, style="-") -> None:
     """A rounded box with its lower left corner at (x, y)."""
     from matplotlib.patches import FancyBboxPatch
 
     shape = FancyBboxPatch(
-        (x, y), width, height, boxstyle="round,pad=0,rounding_size=1.1", facecolor=colour, edgecolor=edge,
+        (x, y), width, height, boxstyle="round,pad=0,rounding_size=1.1", facecolor=color, edgecolor=edge,
         linewidth=1.3, linestyle=style,
     )  # fmt: skip
     axes.add_patch(shape)
@@ -91,7 +91,7 @@ def box(axes, x, y, width, height, text, colour, edge=EDGE, style="-") -> None:
 
 
 def arrow(axes, start, end, text="", at=0.5, head=True) -> None:
-    """A line from `start` to `end`, with words above it."""
+    """A line from `start` to `end`, with text above it."""
     style = {"arrowstyle": "-|>" if head else "-", "color": EDGE, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
     if text:

@@ -12,7 +12,7 @@ from PIL import Image
 from support.models import tiny_config
 
 from emma_hf import EMMA_TINY, EmmaConfig
-from emma_hf.hub.model_card import TEMPLATE, check_card, is_released_shape, measured, render_card
+from emma_hf.hub.model_card import TEMPLATE, check_card, is_released_shape, read_evaluation, render_card
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = EMMA_TINY / "evaluation.json"
@@ -20,7 +20,7 @@ EVALUATION = EMMA_TINY / "evaluation.json"
 PAPER = [89.42, 56.03, 73.14, 56.01, 68.57, 66.44, 60.15, 35.44, 25.1, 32.0, 26.15, 37.34, 94.50, 66.13]
 SECTIONS = [
     "Architecture", "Use", "Training data and procedure", "Figures of the paper", "Intended use", "Limits",
-    "Bias and risks", "Licences", "Environmental cost", "Citation",
+    "Bias and risks", "Licenses", "Environmental cost", "Citation",
 ]  # fmt: skip
 
 
@@ -35,12 +35,16 @@ def test_the_card_of_the_released_model(source):
     check_card(card)
     data = card.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "image-text-to-text")
-    assert data["license"] == "other" and data["license_name"] and data["license_link"].startswith("https://")
-    assert "openai/clip-vit-large-patch14-336" in data["base_model"] and len(data["base_model"]) == 3
+    assert data["license"] == "other"
+    assert data["license_name"]
+    assert data["license_link"].startswith("https://")
+    assert "openai/clip-vit-large-patch14-336" in data["base_model"]
+    assert len(data["base_model"]) == 3
     assert "liuhaotian/LLaVA-Pretrain" in data["datasets"]
     assert re.findall(r"^## (.+)$", card.text, re.MULTILINE) == SECTIONS
     # Its examples name the repository that it lies in.
-    assert 'model="me/my-emma"' in card.text and "org/emma-7b" not in card.text
+    assert 'model="me/my-emma"' in card.text
+    assert "org/emma-7b" not in card.text
     assert "<!--" not in card.text
     assert linked == {"docs/architecture.png": TEMPLATE / "docs" / "architecture.png"}
 
@@ -60,7 +64,8 @@ def test_the_papers_figures_are_cited_as_the_papers(source):
     assert [result.metric_value for result in results] == PAPER
     for result in results:
         assert result.source_url == "https://arxiv.org/abs/2410.02080"
-        assert "not measured here" in result.source_name and not result.verified
+        assert "not measured here" in result.source_name
+        assert not result.verified
     # The tables of the text hold the same numbers in the same order.
     section = card.text.split("## Figures of the paper")[1].split("\n## ")[0]
     cells = [cell.strip() for line in section.splitlines() if line.startswith("|") for cell in line.split("|")]
@@ -68,7 +73,8 @@ def test_the_papers_figures_are_cited_as_the_papers(source):
 
 
 def test_a_model_of_another_shape_is_not_called_the_released_one(source):
-    assert is_released_shape(EmmaConfig()) and not is_released_shape(tiny_config())
+    assert is_released_shape(EmmaConfig())
+    assert not is_released_shape(tiny_config())
     card, _ = render_card(source, tiny_config(), "me/small")
     check_card(card)
     data = card.data.to_dict()
@@ -105,15 +111,18 @@ def test_metadata_of_the_users_own_card_stays(source):
     )
     card, _ = render_card(source, EmmaConfig(), "me/mine")
     data = card.data.to_dict()
-    assert data["license"] == "mit" and data["pipeline_tag"] == "visual-question-answering"
-    assert data["tags"][0] == "mine" and "emma" in data["tags"] and data["library_name"] == "transformers"
+    assert data["license"] == "mit"
+    assert data["pipeline_tag"] == "visual-question-answering"
+    assert data["tags"][0] == "mine"
+    assert "emma" in data["tags"]
+    assert data["library_name"] == "transformers"
     assert card.text.strip() == "# My"
 
 
 def test_what_is_no_evaluation_is_refused(source):
     (source / "wrong.json").write_text('{"accuracy": {"all": 3}}')
     with pytest.raises(ValueError, match="must be the evaluation.json that `emma-hf tiny evaluate --output` writes"):
-        measured(source / "wrong.json")
+        read_evaluation(source / "wrong.json")
     (source / "wrong.json").rename(source / "evaluation.json")
     with pytest.raises(ValueError, match="rename this one where it lies beside the weights"):
         render_card(source, EmmaConfig(), "emma-7b")

@@ -57,10 +57,13 @@ def test_a_model_of_another_shape_gets_no_figures_of_the_paper(converted, tmp_pa
     folder = export(converted, tmp_path / "mine")
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict().keys().isdisjoint({"base_model", "datasets", "license", "model-index"})
-    assert card.data.library_name == "transformers" and "emma" in card.data.tags
+    assert card.data.library_name == "transformers"
+    assert "emma" in card.data.tags
     # Nor a licence, which is its owner's to name; the check says so, and finds nothing wrong with it.
     assert _card(folder) == ("", "ok, but it names no license")
-    assert "# mine" in card.text and "89.42" not in card.text and "<!--" not in card.text
+    assert "# mine" in card.text
+    assert "89.42" not in card.text
+    assert "<!--" not in card.text
     # The figure of the architecture goes with it.
     with Image.open(folder / "docs" / "architecture.png") as picture:
         assert picture.width > 500
@@ -73,7 +76,7 @@ def test_examples_of_the_users_are_answered_by_the_model(converted, tmp_path, ph
     assert (folder / example["src"]).read_bytes() == photo.read_bytes()
     stored = EmmaForConditionalGeneration.from_pretrained(converted, dtype="auto").eval()
     assert example["output"]["text"] == answer(stored, processor, photo, "Who is it?")
-    with pytest.raises(FileNotFoundError, match="example picture .*nowhere.png is not there"):
+    with pytest.raises(FileNotFoundError, match="example image .*nowhere.png is not there"):
         export(converted, tmp_path / "other", examples=[("nowhere.png", "Who?")])
     assert not (tmp_path / "other").exists()
 
@@ -137,7 +140,8 @@ def test_a_card_takes_no_file_from_outside_its_folder(converted, tmp_path):
     )
     (source / "own.png").write_bytes(b"own")
     folder = export(source, tmp_path / "one")
-    assert (folder / "own.png").exists() and not (tmp_path / "one" / "secret.png").exists()
+    assert (folder / "own.png").exists()
+    assert not (tmp_path / "one" / "secret.png").exists()
     assert ModelCard.load(folder / "README.md").data.license == "mit"
     (source / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="link.png is a link to .*secret.png"):

@@ -22,14 +22,16 @@ from emma_hf.hub.manifest import MANIFEST_NAME, REQUIRED_FILES, files_of, manife
 def test_a_push_sends_all_of_it_once_and_afterwards_what_changed(hub, exported, tmp_path):
     address = push(exported, NAME, private=True)
     repository = hub.repositories[NAME]
-    assert repository.private and len(repository.commits) == 2
+    assert repository.private
+    assert len(repository.commits) == 2
     assert address == f"{hub.url}/{NAME}/commit/{repository.branches['main']}"
     held = hub.files(NAME)
     assert set(held) == set(files_of(exported))
     assert all(blob.path.read_bytes() == (exported / name).read_bytes() for name, blob in held.items())
     assert {name for name, blob in held.items() if blob.large} == {path.name for path in exported.glob("*.safetensors")}
 
-    assert push(exported, NAME) == address and len(repository.commits) == 2
+    assert push(exported, NAME) == address
+    assert len(repository.commits) == 2
     sent = hub.count("PUT", "/storage/")
     changed = shutil.copytree(exported, tmp_path / "changed")
     (changed / MANIFEST_NAME).unlink()

@@ -1,6 +1,6 @@
-"""Run as a script: answers one question with a model as a user without this package would, and reports as JSON.
+"""Script that loads a model as a user without this package does, answers one question and prints a report as JSON.
 
-python clean_answer.py MODEL [REVISION]
+python answer_without_package.py MODEL [REVISION]
 """
 
 import json
@@ -11,15 +11,15 @@ QUESTION = "What do you see?"
 
 
 def main(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Load by the Auto classes, answer in at most 16 tokens.
+    """Load a model by the Auto classes, and answer in at most 16 tokens.
 
     Args:
-        source: folder, or Hub id of what lies in the cache.
-        revision: of a Hub id.
+        source: folder, or Hub id of a repository in the cache.
+        revision: branch, tag or commit of a Hub id.
 
     Returns:
-        The answer, its number of tokens, whether all logits are finite, the weights that were missing, foreign or of
-        another shape, and where the model's code came from.
+        The answer, its number of tokens, whether all logits are finite, the weights that were missing, unexpected or
+        of another shape, and the version of Transformers.
     """
     import torch
     import transformers
@@ -31,9 +31,9 @@ def main(source: str, revision: str | None = None) -> dict[str, Any]:
         options["revision"] = revision
     processor = AutoProcessor.from_pretrained(source, **options)
     model, info = AutoModelForImageTextToText.from_pretrained(source, dtype="auto", output_loading_info=True, **options)
-    picture = Image.new("RGB", (160, 120), "white")
-    ImageDraw.Draw(picture).ellipse((40, 20, 120, 100), fill="red")
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    image = Image.new("RGB", (160, 120), "white")
+    ImageDraw.Draw(image).ellipse((40, 20, 120, 100), fill="red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -52,12 +52,11 @@ def main(source: str, revision: str | None = None) -> dict[str, Any]:
         "weights": sorted(
             str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info.get(kind, ())
         ),
-        "module": type(model).__module__,
         "transformers": transformers.__version__,
     }
 
 
 if __name__ == "__main__":
-    # As on a machine where the package was never installed.
+    # Imports of the package fail as on a machine without it.
     sys.modules["emma_hf"] = None  # type: ignore[assignment]
     print(json.dumps(main(*sys.argv[1:])))

@@ -13,9 +13,9 @@ from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 
 CARD_NAME, EVALUATION_NAME = "README.md", "evaluation.json"
-# What every repository gets, laid out as there; its card is for models that have none of their own.
+# Files for every repository, under the names that they have there. Its card serves models without one of their own.
 TEMPLATE = Path(__file__).parent / "template"
-# In the cards: the name of the repository, and what holds for the released weights alone.
+# Repository name in the examples of a card, and the parts of the template that hold for the released weights alone.
 PLACEHOLDER = re.compile(r"\borg/emma-(7b|tiny)\b")
 RELEASED_BLOCK = re.compile(r"<!-- released -->\n(.*?)<!-- end -->\n", re.DOTALL)
 RELEASED_KEYS = ("base_model", "datasets", "license", "license_link", "license_name", "eval_results", "model_name")
@@ -30,15 +30,15 @@ def render_card(
     evaluation: Path | None = None,
     examples: Sequence[tuple[str, str, str]] = (),
 ) -> tuple[ModelCard, dict[str, Path]]:
-    """The card of a model, and the pictures that it shows.
+    """The card of a model, and the files that it shows.
 
     Args:
         source: folder of the model. Its own `README.md` is the card, if there is one.
-        config: of the model; the template says less of a model that has not the released shape.
-        name: of the model; a Hub id (`org/name`) stands in the card's examples, too.
+        config: config of the model; the template says less about a model of another shape than the released one.
+        name: name of the model; a Hub id (`org/name`) also replaces the placeholder in the card's examples.
         evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the `model-index`. Default: the one in `source`,
             if there is one.
-        examples: for the widget: name of a picture in the repository, question, and the model's answer to it.
+        examples: rows of the widget: name of an image in the repository, question, and the model's answer.
 
     Returns:
         The card, and the files that it links to: name in the repository to file.
@@ -46,19 +46,12 @@ def render_card(
     Raises:
         EmmaError: a card whose YAML cannot be read, or an `evaluation` of another form.
     """
-    own = source / CARD_NAME
-    path = own if own.is_file() else TEMPLATE / "MODEL_CARD.md"
+    if (source / CARD_NAME).is_file():
+        folder, card = source, _parse_card((source / CARD_NAME).read_text(encoding="utf-8"), source / CARD_NAME)
+    else:
+        folder, card = TEMPLATE, _template_card(config, name.split("/")[-1])
     if evaluation is None and (source / EVALUATION_NAME).is_file():
         evaluation = source / EVALUATION_NAME
-    text = path.read_text(encoding="utf-8")
-    if path == own:
-        card = _parsed(text, path)
-    else:
-        card = _parsed(RELEASED_BLOCK.sub(r"\1" if is_released_shape(config) else "", text), path)
-        if not is_released_shape(config):
-            for key in RELEASED_KEYS:
-                card.data[key] = None
-            card.text = re.sub(r"^# .*$", f"# {name.split('/')[-1]}", card.text, count=1, flags=re.MULTILINE)
     if name.count("/") == 1:
         card.text = PLACEHOLDER.sub(name, card.text)
 
@@ -70,17 +63,18 @@ def render_card(
     if data.get("model_name") is None and (evaluation is not None or data.get("eval_results")):
         data["model_name"] = name.split("/")[-1]
     if evaluation is not None:
-        data["eval_results"] = measured(evaluation)
+        data["eval_results"] = read_evaluation(evaluation)
     if examples:
         data["widget"] = [
-            {"src": picture, "text": question, "output": {"text": answer}} for picture, question, answer in examples
+            {"src": image, "text": question, "output": {"text": answer}} for image, question, answer in examples
         ]
-    shown = {picture for picture, _, _ in examples}
-    return card, {name: file for name, file in _linked(card, path.parent).items() if name not in shown}
+    # The images of `examples` lie in the repository already.
+    own_images = {image for image, _, _ in examples}
+    return card, {link: path for link, path in _linked_files(card, folder).items() if link not in own_images}
 
 
 def is_released_shape(config: EmmaConfig) -> bool:
-    """Whether a model has the released model's towers and language model, so that its card fits."""
+    """Whether a model has the released model's towers and language model, so that the released model's card fits."""
     released = EmmaConfig()
     parts = {
         "vision_config": ("hidden_size", "num_hidden_layers", "image_size", "patch_size"),
@@ -94,15 +88,15 @@ def is_released_shape(config: EmmaConfig) -> bool:
     )
 
 
-def measured(path: Path) -> list[EvalResult]:
-    """The figures that `emma-hf tiny evaluate` counted, as the Hub's `model-index` wants them.
+def read_evaluation(path: Path) -> list[EvalResult]:
+    """The figures that `emma-hf tiny evaluate` measured, in the form of the Hub's `model-index`.
 
     Raises:
         FileNotFoundError: no such file.
-        EmmaError: not a file of that command.
+        EmmaError: a file of another form than that command writes.
     """
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
         shares = [("accuracy", group, count["share"]) for group, count in result["accuracy"].items()]
         shares.append(("f1", "yes/no", result["yes_no"]["f1"]))
         shares += [("rate", group, count["share"]) for group, count in result["captions"].items()]
@@ -127,40 +121,49 @@ def measured(path: Path) -> list[EvalResult]:
 
 
 def check_card(card: ModelCard) -> None:
-    """Hold a card to what the Hub's own library can check without the Hub.
+    """Check a card as far as the Hub's library can without the Hub.
 
     Raises:
-        EmmaError: the YAML does not survive being written and read, or its results are incomplete.
+        EmmaError: the YAML does not survive being written and read.
+        ValueError: of the Hub's library: incomplete results.
     """
-    again = _parsed(str(card), Path(CARD_NAME))
-    data = again.data.to_dict()
-    if data != card.data.to_dict():
+    if _parse_card(str(card), Path(CARD_NAME)).data.to_dict() != card.data.to_dict():
         raise EmmaError("The YAML of README.md does not survive being written and read again.")
     if card.data.get("eval_results"):
         eval_results_to_model_index(card.data["model_name"], card.data["eval_results"])
 
 
-def _parsed(text: str, path: Path) -> ModelCard:
+def _template_card(config: EmmaConfig, title: str) -> ModelCard:
+    path = TEMPLATE / "MODEL_CARD.md"
+    released = is_released_shape(config)
+    card = _parse_card(RELEASED_BLOCK.sub(r"\1" if released else "", path.read_text(encoding="utf-8")), path)
+    if not released:
+        for key in RELEASED_KEYS:
+            card.data[key] = None
+        card.text = re.sub(r"^# .*$", f"# {title}", card.text, count=1, flags=re.MULTILINE)
+    return card
+
+
+def _parse_card(text: str, path: Path) -> ModelCard:
     try:
-        card = ModelCard(text)
-    # The YAML parser has errors of its own, and the card's are plain.
+        return ModelCard(text)
+    # The YAML parser raises errors of its own, the card plain ones.
     except Exception as error:
         raise EmmaError(
             f"The head of {path} must be YAML that the Hub reads: {' '.join(str(error).split())}."
         ) from error
-    return card
 
 
-def _linked(card: ModelCard, folder: Path) -> dict[str, Path]:
-    """The files beside a card that its links and its widget name, none of them outside its folder."""
+def _linked_files(card: ModelCard, folder: Path) -> dict[str, Path]:
+    """Name to path of the files in a card's folder that its links and its widget name."""
     links = re.findall(r"\]\(\s*<?([^)>\s#]+)", card.text) + re.findall(r'src="([^"]+)"', card.text)
     links += [str(example.get("src", "")) for example in card.data.get("widget") or () if isinstance(example, dict)]
-    found = {}
+    files = {}
     for link in links:
         parts = PurePosixPath(link).parts
         path = folder / link
         if ":" in link or link in ("", CARD_NAME) or parts[0] == "/" or ".." in parts or not path.is_file():
             continue
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".md", ".txt"):
-            found[PurePosixPath(link).as_posix()] = path
-    return found
+            files[PurePosixPath(link).as_posix()] = path
+    return files

@@ -38,10 +38,10 @@ def export(
 ) -> Path:
     """Write the complete Hub repository of a model: weights, code, processor, card, endpoint, and a manifest of it all.
 
-    Weight files are copied, or written anew tensor by tensor; no model is loaded but to answer `examples`.
+    Weight files are copied, or written anew tensor by tensor; the model is loaded only to answer `examples`.
 
     Args:
-        model: folder or Hub id of a model of this package, or `emma-tiny` for the one that ships.
+        model: folder or Hub id of a model of this package, or `emma-tiny` for the packaged one.
         folder: folder to write; it must not exist. It appears when it is complete, or not at all.
         repo_id: name on the Hub (`org/name`), for the card. Default: the name of `folder`.
         examples: images (paths) with a question each, which the model answers for the card's widget. Default: those
@@ -49,7 +49,7 @@ def export(
         evaluation: `evaluation.json` of `emma-hf tiny evaluate`, for the card's figures. Default: the one beside the
             weights, if there is one.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. Default: the files are copied as they are.
-        link: hard links to weight files in place of copies, where the file system has them; whoever changes one file
+        link: hard links to weight files in place of copies, where the file system has them; a change of one file
             then changes the other.
 
     Raises:
@@ -59,18 +59,18 @@ def export(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     folder = Path(folder)
     with new_folder(folder) as target:
-        source, cache = _source(model)
-        config = _config(source)
+        source, cache = _resolve_model(model)
+        config = _load_config(source)
         _write_weights(source, target, cache, limit, link)
         copy_code_files(target)
         write_json(target / "config.json", {**read_json(source / "config.json"), "auto_map": AUTO_MAP})
-        _processor(source).save_pretrained(target)
+        _load_processor(source).save_pretrained(target)
         _write_generation_config(source, target, config)
         if (source / "tokenizer.model").is_file():
             _copy(source, "tokenizer.model", target, cache)
         for name in ENDPOINT_FILES:
             shutil.copyfile(TEMPLATE / name, target / name)
-        answered = _answered(examples, target)
+        answered = _answer_examples(examples, target)
         card, linked = render_card(
             source, config, repo_id or folder.name, None if evaluation is None else Path(evaluation), answered
         )
@@ -89,16 +89,16 @@ def export(
     return folder
 
 
-def _source(model: str | Path) -> tuple[Path, Path | None]:
-    """Folder of a model, and of the cache that its links may lead to."""
-    ships = str(model) == EMMA_TINY.name and not Path(model).is_dir()
-    folder = EMMA_TINY if ships else resolve(model, SOURCE_FILES)
-    # A snapshot in the cache of the Hub's library is made of links to its blobs.
+def _resolve_model(model: str | Path) -> tuple[Path, Path | None]:
+    """Folder of a model, and the cache folder that its links may lead to."""
+    is_packaged = str(model) == EMMA_TINY.name and not Path(model).is_dir()
+    folder = EMMA_TINY if is_packaged else resolve(model, SOURCE_FILES)
+    # A snapshot in the cache of the Hub's library consists of links to its blobs.
     blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
     return folder, blobs
 
 
-def _config(source: Path) -> EmmaConfig:
+def _load_config(source: Path) -> EmmaConfig:
     if (source / ADAPTER_NAME).is_file():
         merged = source / "merged"
         remedy = f"Export {merged}" if merged.is_dir() else "Merge it with `merge_and_unload` and save that"
@@ -118,7 +118,7 @@ def _config(source: Path) -> EmmaConfig:
     return EmmaConfig.from_pretrained(source)
 
 
-def _processor(source: Path) -> EmmaProcessor:
+def _load_processor(source: Path) -> EmmaProcessor:
     missing = [name for name in ("tokenizer_config.json", "preprocessor_config.json") if not (source / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -129,7 +129,7 @@ def _processor(source: Path) -> EmmaProcessor:
 
 
 def _write_weights(source: Path, target: Path, cache: Path | None, limit: int | None, link: bool) -> None:
-    # Their headers are read: a shard that is missing or truncated ends the export before anything large is copied.
+    # Reading the headers first ends the export at a missing or truncated shard before anything large is copied.
     if not (source / SAFE_WEIGHTS_NAME).is_file() and not (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
         raise FileNotFoundError(
             f"{source} holds no weights in safetensors: expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. "
@@ -148,7 +148,7 @@ def _write_weights(source: Path, target: Path, cache: Path | None, limit: int | 
 
 
 def _copy(source: Path, name: str, target: Path, cache: Path | None, link: bool = False) -> None:
-    """Copy a file that the folder itself holds, or that lies in the cache of the Hub's library."""
+    """Copy a file that lies in the folder itself or in the cache of the Hub's library."""
     path = (source / name).resolve()
     if not is_own_file(source / name, source) and (cache is None or path.parent != cache.resolve()):
         raise EmmaError(
@@ -160,7 +160,7 @@ def _copy(source: Path, name: str, target: Path, cache: Path | None, link: bool 
             os.link(path, target / name)
             return
         except OSError:
-            # Another file system, or one that knows no hard links.
+            # Another file system, or one without hard links.
             pass
     shutil.copyfile(path, target / name)
 
@@ -172,21 +172,21 @@ def _write_generation_config(source: Path, target: Path, config: EmmaConfig) -> 
         default_generation_config(config).save_pretrained(target)
 
 
-def _answered(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[tuple[str, str, str]]:
-    """Name of the picture in the repository, question, and the answer of the model in `target`."""
+def _answer_examples(examples: Sequence[tuple[str | Path, str]], target: Path) -> list[tuple[str, str, str]]:
+    """Name of the image in the repository, question, and the answer of the model in `target`."""
     if not examples:
         return []
-    # From the very files that are exported.
+    # The exported files themselves answer.
     model, processor = load_model(target)
-    found = []
-    for number, (picture, question) in enumerate(examples, 1):
-        path = Path(picture)
+    rows = []
+    for number, (image, question) in enumerate(examples, 1):
+        path = Path(image)
         if not path.is_file():
-            raise FileNotFoundError(f"The example picture {path} is not there. Check its path.")
+            raise FileNotFoundError(f"The example image {path} is not there. Check its path.")
         name = f"widget/{number}-{path.name}"
         (target / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target / name)
         conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         text = answer(model, processor, [conversation], [[path]], max_new_tokens=256)[0]
-        found.append((name, question, text))
-    return found
+        rows.append((name, question, text))
+    return rows
