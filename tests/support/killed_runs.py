@@ -22,7 +22,7 @@ from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training import prepare
-from emma_hf.training.checkpoints import CrashSafety
+from emma_hf.training.checkpoints import IncompleteCheckpointCallback
 
 
 class Began(TrainerCallback):
@@ -86,7 +86,7 @@ def plain(model: str, rows: str, images: str, output: Path, steps: int, seed: in
         train_dataset=ConversationDataset(rows, processor, images),
         data_collator=DataCollator(processor),
         processing_class=processor,
-        callbacks=[CrashSafety(), Began(output)],
+        callbacks=[IncompleteCheckpointCallback(), Began(output)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
     trainer.save_model()

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training import prepare
-from emma_hf.training.checkpoints import CrashSafety, incomplete_checkpoints, last_complete_checkpoint
+from emma_hf.training.checkpoints import IncompleteCheckpointCallback, incomplete_checkpoints, last_complete_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "support" / "killed_runs.py"
 
@@ -55,7 +55,7 @@ def trainer(output: Path, model=None, rows=None, processor=None) -> Trainer:
         train_dataset=rows,
         data_collator=DataCollator(processor) if processor else None,
         processing_class=processor,
-        callbacks=[CrashSafety()],
+        callbacks=[IncompleteCheckpointCallback()],
     )
 
 
@@ -108,8 +108,8 @@ def test_what_never_got_its_last_file_is_set_aside(output):
 def test_each_of_many_processes_must_have_kept_its_random_state(output):
     folder = output / "checkpoint-10"
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["CrashSafety"]["attributes"] == {"processes": 1}
-    state["stateful_callbacks"]["CrashSafety"]["attributes"] = {"processes": 2}
+    assert state["stateful_callbacks"]["IncompleteCheckpointCallback"]["attributes"] == {"processes": 1}
+    state["stateful_callbacks"]["IncompleteCheckpointCallback"]["attributes"] = {"processes": 2}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
     reason = "it holds the random states of 1 of 2 processes"

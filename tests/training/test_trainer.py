@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
-from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswers, plot_loss, prepare
+from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswersCallback, plot_loss, prepare
 
 
 def arguments(folder, **kwargs) -> TrainingArguments:
@@ -129,7 +129,7 @@ def test_sample_answers_are_what_generate_says(trainable, processor, rows, tmp_p
     trainer = EmmaTrainer(
         model=model, args=args, eval_dataset=rows, data_collator=DataCollator(processor), processing_class=processor
     )
-    trainer.add_callback(SampleAnswers(rows, processor, rows=9, max_new_tokens=5))
+    trainer.add_callback(SampleAnswersCallback(rows, processor, rows=9, max_new_tokens=5))
     for _ in range(2):
         trainer.evaluate()
     # The second evaluation of a step answers nothing anew.

@@ -4,7 +4,7 @@ import torch
 
 from ..model.errors_emma import EmmaError
 from ..model.processing_emma import EmmaProcessor
-from .conversations import IGNORED
+from .conversations import IGNORE_INDEX
 
 
 class DataCollator:
@@ -26,7 +26,7 @@ class DataCollator:
         batch = {
             "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED),
+            "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORE_INDEX),
         }
         for name in ("pixel_values", "vision_features", "instruction_input_ids"):
             rows = [item[name] for item in items if name in item]

@@ -7,7 +7,7 @@ from ..model.errors_emma import EmmaError
 from ..model.instruction_emma import escape_placeholders
 from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -31,7 +31,7 @@ def encode_conversation(
             learned.append((position, position + len(piece)))
         position += len(piece)
     labels = [
-        token if any(start < stop and end > begin for begin, stop in learned) and end > start else IGNORED
+        token if any(start < stop and end > begin for begin, stop in learned) and end > start else IGNORE_INDEX
         for token, (start, end) in zip(input_ids, spans)
     ]
     limit = processor.tokenizer.model_max_length
@@ -40,7 +40,7 @@ def encode_conversation(
             f"A row must fit the model's context of {limit} tokens: it has {len(input_ids)}, {len(input_ids) - limit} "
             "too many. Shorten it, or raise `processor.tokenizer.model_max_length` if the model allows."
         )
-    if all(label == IGNORED for label in labels):
+    if all(label == IGNORE_INDEX for label in labels):
         raise EmmaError("A row needs words of the assistant to learn from: all its labels are -100.")
     return input_ids, labels
 

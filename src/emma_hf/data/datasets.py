@@ -17,7 +17,7 @@ from ..model.processing_emma import EmmaProcessor
 from .conversations import ROLES, encode_conversation, message_in_llava_format, turns_of
 
 
-class _Rows(Dataset):
+class _TrainingDataset(Dataset):
     """Prepared training rows; where a row and its pictures come from, a subclass says."""
 
     def __init__(self, processor: EmmaProcessor, template: str, on_error: str) -> None:
@@ -142,7 +142,7 @@ class _Rows(Dataset):
         return f"{self._name(index)}: it can be read now."
 
 
-class ConversationDataset(_Rows):
+class ConversationDataset(_TrainingDataset):
     """Rows of a LLaVA-format file: `{"image": name or names, "conversations": [{"from": …, "value": …}, …]}`.
 
     The file is not kept in memory: two 64-bit offsets per row find it again.
@@ -199,7 +199,7 @@ class ConversationDataset(_Rows):
         return row["conversations"], [self.image_folder / name for name in names]
 
 
-class ChatDataset(_Rows):
+class ChatDataset(_TrainingDataset):
     """Rows of chat messages, such as a `datasets.Dataset`, with the labels and instructions of LLaVA's rows.
 
     A row is `{"messages": [{"role": …, "content": text or parts}, …]}`. A picture is a part `{"type": "image"}` that

@@ -17,7 +17,7 @@ from transformers import (
 from ..model.compat_emma import core_of
 from ..model.instruction_emma import encode_instruction
 from ..model.processing_emma import EmmaProcessor
-from ..training.checkpoints import CrashSafety
+from ..training.checkpoints import IncompleteCheckpointCallback
 from .contrasts import close_up, reshaped, siblings
 from .drawing import draw
 from .recipe import GROUP, INSTRUCTION, PATCH, SIDE, VISION, Budget, InOrder, _arguments, _run
@@ -102,6 +102,6 @@ def _train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: in
         ),
         train_dataset=Captioned(budget.clip_steps * budget.clip_groups, processor, seed),
         data_collator=collate_groups,
-        callbacks=[CrashSafety()],
+        callbacks=[IncompleteCheckpointCallback()],
     )
     _run(trainer, folder, "nats per picture")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..data.collator import DataCollator
-from ..data.conversations import IGNORED, encode_conversation
+from ..data.conversations import IGNORE_INDEX, encode_conversation
 from ..model.instruction_emma import encode_instruction, training_instruction
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -144,7 +144,7 @@ class Rows(Dataset):
         # Answers are encoded alike behind every question, and are few.
         question = "?" if turn.text else ""
         input_ids, labels = self._encoded(question, turn.answer)
-        first = next(place for place, label in enumerate(labels) if label != IGNORED)
+        first = next(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
         found = []
         for answer in turn.unshown:
             other_ids, _ = self._encoded(question, answer)
@@ -171,8 +171,8 @@ class Rows(Dataset):
         unshown = [-1] * len(labels)
         starts = (
             place
-            for place, (before, label) in enumerate(itertools.pairwise([IGNORED, *labels]))
-            if before == IGNORED != label
+            for place, (before, label) in enumerate(itertools.pairwise([IGNORE_INDEX, *labels]))
+            if before == IGNORE_INDEX != label
         )
         for start, turn in zip(starts, turns, strict=True):
             for offset, token in self.unshown(turn):
@@ -208,7 +208,7 @@ class SideBySide(DataCollator):
             return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
 
         batch["input_ids"] = padded(list(batch["input_ids"]), self.pad_token_id)
-        batch["labels"] = padded(list(batch["labels"]), IGNORED)
+        batch["labels"] = padded(list(batch["labels"]), IGNORE_INDEX)
         batch["unshown"] = padded([item["unshown"] for item in items], -1)
         batch["position_ids"] = padded([item["position_ids"] for item in items], 0)
         # The beginning is seen by all; the padding sees the beginning, because a row that sees nothing is not a number.

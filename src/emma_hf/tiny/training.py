@@ -18,13 +18,13 @@ from transformers import (
     set_seed,
 )
 
-from ..data.conversations import IGNORED
+from ..data.conversations import IGNORE_INDEX
 from ..model.compat_emma import core_of
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from ..training.checkpoints import CrashSafety
+from ..training.checkpoints import IncompleteCheckpointCallback
 from ..training.plots import figure_class
 from ..training.stages import prepare
 from ..training.trainer import EmmaTrainer
@@ -116,8 +116,10 @@ def loss_without(
     """
     logits, labels, unshown = outputs.logits[:, :-1].float(), labels[:, 1:], unshown[:, 1:, None]
     logits = logits.masked_fill(unshown == torch.arange(logits.shape[-1], device=logits.device), -math.inf)
-    total = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
-    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+    total = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return total / ((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForConditionalGeneration:
@@ -168,7 +170,7 @@ def _train_stage(
         data_collator=SideBySide(processor),
         processing_class=processor,
         group_by_modality=False,
-        callbacks=[CrashSafety()],
+        callbacks=[IncompleteCheckpointCallback()],
     )
     _run(trainer, output / stage, "nats per token")
 

@@ -1,7 +1,7 @@
 """Fine-tuning: stages, `Trainer` extensions, checkpoints."""
 
-from .callbacks import SampleAnswers
-from .checkpoints import CrashSafety, last_complete_checkpoint
+from .callbacks import SampleAnswersCallback
+from .checkpoints import IncompleteCheckpointCallback, last_complete_checkpoint
 from .plots import plot_loss
 from .sampler import ModalityLengthSampler
 from .stages import LORA_TARGETS, STAGES, Stage, parameter_groups, prepare, stage_of
@@ -10,10 +10,10 @@ from .trainer import EmmaTrainer
 __all__ = [
     "LORA_TARGETS",
     "STAGES",
-    "CrashSafety",
     "EmmaTrainer",
+    "IncompleteCheckpointCallback",
     "ModalityLengthSampler",
-    "SampleAnswers",
+    "SampleAnswersCallback",
     "Stage",
     "last_complete_checkpoint",
     "parameter_groups",

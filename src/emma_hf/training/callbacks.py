@@ -9,13 +9,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..data.collator import DataCollator
-from ..data.conversations import IGNORED
+from ..data.conversations import IGNORE_INDEX
 from ..model.processing_emma import EmmaProcessor
 
 logger = logging.get_logger(__name__)
 
 
-class _ReportSkipped(TrainerCallback):
+class SkippedRowsCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.datasets = [trainer.train_dataset, trainer.eval_dataset]
 
@@ -26,7 +26,7 @@ class _ReportSkipped(TrainerCallback):
                 logger.warning(report)
 
 
-class SampleAnswers(TrainerCallback):
+class SampleAnswersCallback(TrainerCallback):
     """At each evaluation, answer a few rows: what the numbers mean, in words.
 
     The answers stand in the log, and with what was expected in `sample_answers.jsonl` in the output folder.
@@ -66,7 +66,7 @@ class SampleAnswers(TrainerCallback):
     @torch.no_grad()
     def _answer(self, model: Any, row: int) -> dict[str, str]:
         item = self.dataset[row]
-        learned = item["labels"] != IGNORED
+        learned = item["labels"] != IGNORE_INDEX
         first = int(learned.nonzero()[0])
         # The first answer alone: in a longer row the next user turn follows it.
         length = int((~learned[first:]).nonzero()[0]) if not learned[first:].all() else len(learned) - first

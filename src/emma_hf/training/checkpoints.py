@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 TRAINER_STATE = "trainer_state.json"
 
 
-class CrashSafety(TrainerCallback, ExportableState):
+class IncompleteCheckpointCallback(TrainerCallback, ExportableState):
     """Lets `Trainer` resume from the last checkpoint that was written to its end.
 
     `Trainer` writes a checkpoint in place and resumes from the highest number, complete or not. When a trainer is made
@@ -45,13 +45,13 @@ class CrashSafety(TrainerCallback, ExportableState):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The checkpoint of the highest step in `output_dir` that was written to its end, or None."""
-    complete = [folder for folder in _checkpoints(output_dir) if _missing(folder) is None]
+    complete = [folder for folder in _checkpoints(output_dir) if why_incomplete(folder) is None]
     return str(complete[-1]) if complete else None
 
 
 def incomplete_checkpoints(output_dir: str | Path) -> list[tuple[Path, str]]:
     """Checkpoints in `output_dir` that cannot be resumed from, each with what is wrong."""
-    reasons = [(folder, _missing(folder)) for folder in _checkpoints(output_dir)]
+    reasons = [(folder, why_incomplete(folder)) for folder in _checkpoints(output_dir)]
     return [(folder, reason) for folder, reason in reasons if reason is not None]
 
 
@@ -61,15 +61,15 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def _missing(folder: Path) -> str | None:
+def why_incomplete(folder: Path) -> str | None:
     """What a checkpoint lacks, or None where it is complete."""
     # Its last file being there says that the others were written; a machine that went down may still have lost parts.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_whole(path)]
+    broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_readable(path)]
     if broken:
         return f"{broken[0].relative_to(folder)} is missing or cut off"
     kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
-    processes = kept.get(CrashSafety.__name__, {}).get("attributes", {}).get("processes", 1)
+    processes = kept.get(IncompleteCheckpointCallback.__name__, {}).get("attributes", {}).get("processes", 1)
     # Other processes may still have been writing when the first one was done.
     states = len(list(folder.glob("rng_state_*.pth")))
     if processes > 1 and states < processes:
@@ -77,7 +77,7 @@ def _missing(folder: Path) -> str | None:
     return None
 
 
-def _is_whole(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt"):

@@ -21,8 +21,8 @@ from ..data.datasets import ConversationDataset
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from .callbacks import SampleAnswers
-from .checkpoints import CrashSafety, last_complete_checkpoint
+from .callbacks import SampleAnswersCallback
+from .checkpoints import IncompleteCheckpointCallback, last_complete_checkpoint
 from .plots import figure_class, plot_loss
 from .stages import STAGES, prepare, stage_of
 from .trainer import EmmaTrainer
@@ -72,10 +72,10 @@ def main(arguments: list[str]) -> None:
         processing_class=processor,
         projector_learning_rate=script.projector_learning_rate,
         group_by_modality=script.group_by_modality,
-        callbacks=[CrashSafety()],
+        callbacks=[IncompleteCheckpointCallback()],
     )
     if eval_data is not None:
-        trainer.add_callback(SampleAnswers(eval_data, processor, script.sample_answers))
+        trainer.add_callback(SampleAnswersCallback(eval_data, processor, script.sample_answers))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
 
     if eval_data is not None:

@@ -109,7 +109,7 @@ def prepare(
     elif stage == "finetune":
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
-    _free_fusion(model)
+    _unfreeze_fusion(model)
     return model
 
 
@@ -153,16 +153,16 @@ def _is_in(name: str, targets: str | list[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _free_fusion(model: nn.Module) -> None:
+def _unfreeze_fusion(model: nn.Module) -> None:
     base = next(module for module in model.modules() if isinstance(module, EmmaPreTrainedModel))
     frozen = ("instruction_projection", "visual_alignment") if base.config.visual_offset else ()
     for name, parameter in model.named_parameters():
         # peft keeps the untrained original beside the copy that it trains.
-        if is_fusion(name) and ".original_module." not in name:
+        if is_fusion_parameter(name) and ".original_module." not in name:
             parameter.requires_grad_(not any(part in name.split(".") for part in frozen))
 
 
-def is_fusion(name: str) -> bool:
+def is_fusion_parameter(name: str) -> bool:
     """Whether a weight of that name belongs to the projector or the modality adaptation."""
     return any(module in name.split(".") for module in FUSION_MODULES)
 
@@ -189,7 +189,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = projector_learning_rate if is_fusion(name) else learning_rate
+            rate = projector_learning_rate if is_fusion_parameter(name) else learning_rate
             groups.setdefault((rate, weight_decay if decays(name) else 0.0), []).append(parameter)
     if not groups:
         raise EmmaError("No weight of this model is trained. Call `emma_hf.training.prepare(model, stage)` first.")

@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..integrations.liger import register_with_liger
-from .callbacks import _ReportSkipped
+from .callbacks import SkippedRowsCallback
 from .sampler import ModalityLengthSampler
 from .stages import parameter_groups
 
@@ -43,7 +43,7 @@ class EmmaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.projector_learning_rate = projector_learning_rate
         self.group_by_modality = group_by_modality
-        self.add_callback(_ReportSkipped(self))
+        self.add_callback(SkippedRowsCallback(self))
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The optimizer that the arguments name, with the groups of [`emma_hf.training.parameter_groups`]."""
