@@ -1,6 +1,5 @@
 """Liger's Triton kernels in EMMA's language model and its loss, by one call (package `liger-kernel`)."""
 
-import inspect
 import os
 import sys
 from functools import partial
@@ -9,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.errors_emma import EmmaError
+from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.fusion_emma import is_unmodified_linear
 from ..model.modeling_emma import EmmaForConditionalGeneration
+
+# Families whose norms and gated MLPs compute what Liger's kernels for Llama do.
+FAMILIES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def apply_liger_kernel_to_emma(
@@ -22,32 +24,33 @@ def apply_liger_kernel_to_emma(
     fused_linear_cross_entropy: bool = True,
     accum_dtype: torch.dtype | None = None,
 ) -> None:
-    """Exchange parts of the language model and the training loss for Liger's kernels.
+    """Replace parts of the language model and the training loss by Liger's kernels.
 
-    Norms and MLPs are exchanged in this model alone. Liger's rotary embedding takes the place of a function that all
-    models of the same family in this process share; `rope=False` leaves it. Nothing else changes: not CLIP, not the
-    modality adaptation, not the projector.
+    Norms, MLPs and the loss are replaced in this model alone. The rotary embedding is a function that all models of the
+    same family in this process share: Liger's replaces it for all of them, unless `rope=False`. CLIP, the modality
+    adaptation and the projector stay as they are.
 
     Args:
         model: an EMMA with its head, also inside a `PeftModel`; changed in place, before or after PEFT wraps it.
         rope: rotary position embedding.
         rms_norm: the norms.
         swiglu: the gated activation of the MLPs.
-        fused_linear_cross_entropy: in training, the loss from the hidden states and `lm_head`, piece by piece:
-            `logits` is then None. In evaluation there are logits, unless `forward` is told `skip_logits=True`.
-        accum_dtype: in which the pieces of the head's gradient are summed. Default: that of the weight; in bfloat16,
-            float32 is closer to the gradient of the plain loss, and takes a copy of the head more.
+        fused_linear_cross_entropy: in training, the loss from the hidden states and `lm_head`, chunk by chunk:
+            `logits` is then None. In evaluation there are logits, unless `forward` gets `skip_logits=True`.
+        accum_dtype: dtype in which the chunks of the head's gradient are summed. Default: that of the weight; in
+            bfloat16, float32 is closer to the gradient of the plain loss, and needs one more copy of the head.
 
     Raises:
         MissingPackageError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
-        EmmaError: a model that is no EMMA with its head, a language model for which Liger has no kernels, an
-            activation or a head that its kernels do not compute, or no GPU.
+        EmmaError: a model that is not an EMMA with its head, a language model, an activation or a head that Liger's
+            kernels do not compute, or no GPU.
     """
     try:
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+        from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+        from liger_kernel.transformers.monkey_patch import _patch_rms_norm_module, _patch_swiglu_module
         from liger_kernel.utils import infer_device
     except ImportError as error:
-        raise _missing(error) from error
+        raise _missing_package(error) from error
     emma = next((module for module in model.modules() if isinstance(module, EmmaForConditionalGeneration)), None)
     if emma is None:
         raise EmmaError(
@@ -58,10 +61,10 @@ def apply_liger_kernel_to_emma(
         raise EmmaError("Liger's kernels run on a GPU: there is none here. Leave them out.")
     language_model = emma.model.language_model
     config = language_model.config
-    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if config.model_type not in FAMILIES:
         raise EmmaError(
-            f"Liger must know the family of the language model: it has no kernels for {config.model_type!r}. Leave "
-            "them out."
+            f"The language model must be of a family whose parts Liger's kernels compute ({', '.join(FAMILIES)}): it "
+            f"has no kernels for {config.model_type!r}. Leave them out."
         )
     if swiglu and config.hidden_act not in ("silu", "swish"):
         raise EmmaError(
@@ -70,23 +73,21 @@ def apply_liger_kernel_to_emma(
         )
     if fused_linear_cross_entropy:
         _check_head(emma.lm_head)
-    patch = MODEL_TYPE_TO_APPLY_LIGER_FN[config.model_type]
-    chosen = {"rope": rope, "rms_norm": rms_norm, "swiglu": swiglu}
-    chosen |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    known = inspect.signature(patch).parameters
-    # Liger also puts its classes into the module of the language model's family, for models that are yet to be made.
-    family = vars(sys.modules[type(language_model).__module__])
-    before = {name: value for name, value in family.items() if isinstance(value, type)}
-    patch(model=language_model, **{name: value for name, value in chosen.items() if name in known})
-    family.update(before)
+    if rope:
+        vars(sys.modules[type(language_model).__module__])["apply_rotary_pos_emb"] = liger_rotary_pos_emb
+    for name, module in language_model.named_modules():
+        if rms_norm and type(module) is type(language_model.norm):
+            _patch_rms_norm_module(module)
+        elif swiglu and name.endswith(".mlp"):
+            _patch_swiglu_module(module, LigerSwiGLUMLP)
     emma.linear_loss = partial(_linear_loss, accum_dtype=accum_dtype) if fused_linear_cross_entropy else None
 
 
 def register_with_liger() -> None:
-    """Let Liger know EMMA, so that `TrainingArguments(use_liger_kernel=True)` applies the kernels in any `Trainer`.
+    """Register EMMA with Liger: then `TrainingArguments(use_liger_kernel=True)` applies the kernels in any `Trainer`.
 
-    Without it Liger does nothing for a model type that it does not know, and says so only in its log.
-    [`~emma_hf.training.EmmaTrainer`] calls it.
+    Liger does nothing for a model type that it does not know, and says so only in its log.
+    [`~emma_hf.training.EmmaTrainer`] calls this function.
 
     Raises:
         MissingPackageError: liger-kernel or triton is not installed, or too new for Transformers 4.57.
@@ -94,7 +95,7 @@ def register_with_liger() -> None:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise _missing(error) from error
+        raise _missing_package(error) from error
     MODEL_TYPE_TO_APPLY_LIGER_FN["emma"] = apply_liger_kernel_to_emma
 
 
@@ -120,12 +121,13 @@ def _check_head(head: nn.Module) -> torch.Tensor:
         return head.weight
     raise EmmaError(
         "Liger's fused loss reads the weight of `lm_head`, which must be a plain linear layer, whole on one device: "
-        f"got {type(head).__name__} (quantized, adapted, offloaded or spread). Pass `fused_linear_cross_entropy=False`."
+        f"got {type(head).__name__} (quantized, adapted, offloaded or sharded). Pass "
+        "`fused_linear_cross_entropy=False`."
     )
 
 
-def _missing(error: ImportError) -> ImportError:
-    return ImportError(
+def _missing_package(error: ImportError) -> MissingPackageError:
+    return MissingPackageError(
         f"Liger's kernels need the packages liger-kernel and triton: {str(error).rstrip('.')}. Install them with "
         '`pip install "emma-hf[liger]"`; with Transformers 4.57, liger-kernel 0.7.'
     )
