@@ -239,6 +239,113 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_reported(processor, wr
         strict[5]
 
 
+@pytest.mark.parametrize(
+    ("turns", "instruction"),
+    [
+        # Every placeholder leaves the turn before the shortest is chosen.
+        (["Look at <image> please"], "look at please"),
+        (["First\n<image>Second line"], "first second line"),
+        (["<image>What is this: a cat<image>?", "And a long second question of many words"], "a cat?"),
+        (["<image>", "And this"], ""),
+        (["Name the<image>place, and a lot more of it", "Look at <image> please"], "look at please"),
+    ],
+)
+def test_placeholders_are_no_part_of_the_instruction(processor, write, reference, turns, instruction):
+    """The authors' `preprocess_multimodal` moves them to the front of a turn before the instruction is chosen."""
+    turns = [*turns, "and this one here has the most words of all of the turns of the row"]
+    conversation = [message for turn in turns for message in (human(turn), gpt("Yes."))]
+    images = ["photo.jpg"] * sum(turn.count("<image>") for turn in turns)
+    dataset = ConversationDataset(
+        write([{"image": images, "conversations": conversation}]), processor, reference / "images"
+    )
+    expected = encode_instruction(processor.instruction_tokenizer, instruction)
+    assert dataset[0]["instruction_input_ids"].tolist() == [expected] * len(images)
+
+
+def test_a_spelled_out_placeholder_counts_as_it_is_encoded(processor, reference, recwarn):
+    texts = ["say <image> now", "tell me all of it"]
+    parts = [[{"type": "image", "path": str(reference / "images" / "photo.jpg")}], []]
+    messages = []
+    for text, images in zip(texts, parts):
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": text}]})
+        messages.append({"role": "assistant", "content": "Yes."})
+    item = ChatDataset([{"messages": messages}], processor)[0]
+    ids = [encode_instruction(processor.instruction_tokenizer, text) for text in texts]
+    assert ids[0].count(0) == ids[1].count(0)
+    # The first of equals; with the escape character inside it would be longer.
+    assert item["instruction_input_ids"].tolist() == [ids[0]]
+    assert not [warning for warning in recwarn if "ASCII" in str(warning.message)]
+
+
+def test_synonyms_of_other_formats_are_read(processor, write, reference):
+    turns = [human("<image>\nWho?"), gpt("An officer.")]
+    rows = [
+        {"image": "photo.jpg", "conversations": [{"from": "system", "value": "Be brief."}, *turns]},
+        {"images": ["photo.jpg"], "system": "Be brief.", "video": None, "tools": [], "conversations": turns},
+    ]
+    dataset = ConversationDataset(write(rows), processor, reference / "images")
+    assert same(dataset[0], dataset[1])
+    assert "Be brief. USER:" in processor.tokenizer.decode(dataset[1]["input_ids"][:20])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"video": "a.mp4"}, "Row 0.*: A row cannot be trained on with `video`: got 'a.mp4'. Remove the key"),
+        ({"tools": "[{}]"}, "A row cannot be trained on with `tools`"),
+        ({"audios": ["a.wav"]}, "A row cannot be trained on with `audios`"),
+        ({"image": "photo.jpg", "images": ["photo.jpg"]}, "A row must have `image` or `images`: got both"),
+        ({"images": ["photo.jpg"]}, "got 0 placeholders and 1 pictures"),
+        ({"images": [7]}, r"must be the name of a picture, or a list of names: got \[7\]"),
+        (
+            {"image": "\ud83d.jpg", "conversations": [human("<image>"), gpt("a")]},
+            "Row 0 of rows.json: There is no picture at",
+        ),
+        ({"image": ".", "conversations": [human("<image>"), gpt("a")]}, "Row 0 of rows.json: "),
+        ({"conversations": [human("Hi \ud83d"), gpt("a")]}, "Row 0 of rows.json: A text must be valid Unicode"),
+    ],
+)
+def test_what_a_row_cannot_be_trained_on_with_is_named_and_skipped(processor, tmp_path, reference, more, message):
+    good = {"conversations": [human("Who?"), gpt("An officer.")]}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{**good, **more}, good]))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ConversationDataset(path, processor, reference / "images")[0]
+    skipping = ConversationDataset(path, processor, reference / "images", on_error="skip")
+    assert same(skipping[0], skipping[1]) and skipping.skipped_rows == [0]
+    assert skipping.modality_lengths()[1] == -3
+
+
+@pytest.mark.parametrize(("key", "value"), [("system", "Be brief."), ("videos", ["a.mp4"]), ("tools", [{"a": 1}])])
+def test_a_column_of_a_chat_with_an_effect_is_not_ignored(processor, key, value):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], key: value}
+    with pytest.raises(ValueError, match=f"Row 0: A row cannot be trained on with `{key}`"):
+        ChatDataset([row], processor)[0]
+    assert ChatDataset([{**row, key: None}], processor)[0]
+
+
+@pytest.mark.parametrize("kind", ["garbage", "truncated", "none", "no file"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_broken_images_of_a_column_are_named_and_skipped(processor, reference, kind, decode):
+    photo = (reference / "images" / "photo.jpg").read_bytes()
+    good = {"bytes": photo, "path": None}
+    broken = {
+        "garbage": {"bytes": b"no image", "path": None},
+        "truncated": {"bytes": photo[: len(photo) // 2], "path": None},
+        "none": {"bytes": None, "path": None},
+        "no file": {"bytes": None, "path": "nowhere.png"},
+    }[kind]
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "An officer."}]
+    rows = datasets.Dataset.from_list([{"messages": messages, "images": [images]} for images in (broken, good)])
+    rows = rows.cast_column("images", datasets.List(datasets.Image(decode=decode)))
+    with pytest.raises((ValueError, FileNotFoundError), match="Row 0: "):
+        ChatDataset(rows, processor)[0]
+    skipping = ChatDataset(rows, processor, on_error="skip")
+    assert skipping.modality_lengths()[1] == 4
+    assert same(skipping[0], skipping[1]) and skipping.skipped_rows == [0]
+    assert "Row 0: " in skipping.skipped_report()
+
+
 def test_a_file_without_a_good_row_is_refused(processor, write):
     dataset = ConversationDataset(write([{"conversations": []}] * 3), processor, on_error="skip")
     with pytest.raises(ValueError, match="Not one row can be learned from. Row 1 of rows.json: .*take turns"):

@@ -1,4 +1,4 @@
-"""Training conversations: the two templates of LLaVA, and which ids have a label."""
+"""Training conversations: roles, the two templates of LLaVA, and which tokens have a label."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,31 +7,33 @@ from ..model.errors_emma import EmmaError
 from ..model.instruction_emma import escape_placeholders
 from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 
+# Label of a token without a loss, as PyTorch's cross-entropy has it.
 IGNORE_INDEX = -100
-
-
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# What other formats put into a message, with an effect on training.
+UNSUPPORTED_KEYS = ("audio", "image", "images", "tool_calls", "train", "video", "weight")
 
 
 def encode_conversation(
     processor: EmmaProcessor, conversation: list[dict[str, str]], template: str = "vicuna_v1"
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation; the loss is on the assistant's words and their end alone.
+    """Ids and labels (tokens) of a conversation in LLaVA's format.
+
+    The loss is on the assistant's words and their end-of-sequence (in `plain`, their line break) only.
 
     Raises:
         EmmaError: messages that do not alternate, a row longer than the tokenizer's `model_max_length`, or no label.
     """
-    turns = turns_of(conversation)
+    turns = to_turns(conversation)
     pieces = _plain(turns, processor) if template == "plain" else _vicuna(turns, processor)
-    text = "".join(piece for piece, _ in pieces)
-    input_ids, spans = processor.encode_prompt(text)
-    learned, position = [], 0
-    for piece, learn in pieces:
-        if learn:
-            learned.append((position, position + len(piece)))
+    input_ids, spans = processor.encode_prompt("".join(piece for piece, _ in pieces))
+    labeled, position = [], 0
+    for piece, has_label in pieces:
+        if has_label:
+            labeled.append((position, position + len(piece)))
         position += len(piece)
     labels = [
-        token if any(start < stop and end > begin for begin, stop in learned) and end > start else IGNORE_INDEX
+        token if end > start and any(start < stop and end > begin for begin, stop in labeled) else IGNORE_INDEX
         for token, (start, end) in zip(input_ids, spans)
     ]
     limit = processor.tokenizer.model_max_length
@@ -45,10 +47,14 @@ def encode_conversation(
     return input_ids, labels
 
 
-def turns_of(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
-    """Roles and texts: a system turn or none, then user and assistant by turns.
+def to_turns(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
+    """Roles and texts: at most one system turn, then user and assistant in alternation.
 
     An assistant turn that opens the row is dropped.
+
+    Raises:
+        EmmaError: a message without role or text, or with a key that this package does not train on; turns that do not
+            alternate; a text that is not valid Unicode.
     """
     turns = []
     for message in conversation:
@@ -59,6 +65,14 @@ def turns_of(conversation: list[dict[str, str]]) -> list[tuple[str, str]]:
                 "A message needs `from` (human or gpt; in a chat `role`, user or assistant) and a text: got "
                 f"{str(message)[:200]}."
             )
+        refuse_keys(values, UNSUPPORTED_KEYS, "A message")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise EmmaError(
+                f"A text must be valid Unicode: that of a {role} message has half of a surrogate pair at character "
+                f"{error.start}, {text[error.start]!a}. Remove it."
+            ) from error
         turns.append((ROLES[role], text))
     system = turns[:1] if turns and turns[0][0] == "system" else []
     turns = turns[len(system) :]
@@ -97,22 +111,36 @@ def _plain(turns: list[tuple[str, str]], processor: EmmaProcessor) -> list[tuple
     return [(token * turns[0][1].count(token), False), (f"{caption}\n", True)]
 
 
-def message_in_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]]:
-    """Text of a chat message, with a placeholder for each picture part, and what those parts hold (None: nothing)."""
+def to_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]]:
+    """Text of a chat message with one placeholder per image, and what each image part holds (None: nothing).
+
+    Raises:
+        EmmaError: content that is neither a text nor a list of text and image parts; a key that this package does not
+            train on.
+    """
+    refuse_keys(message, UNSUPPORTED_KEYS, "A message")
     content = message.get("content")
     if isinstance(content, str):
         return content, [None] * (content.count(token) if message.get("role") == "user" else 0)
     if not isinstance(content, list):
         raise EmmaError(f"A message needs `content`, a text or a list of parts: got {message}.")
-    text, pictures = "", []
+    text, images = "", []
     for part in content:
         if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
             raise EmmaError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
         if part.get("type") == "text":
             text += escape_placeholders(part["text"], token)
         elif part.get("type") == "image":
-            held = (part.get(key) for key in ("image", "url", "path", "base64"))
-            pictures.append(next((picture for picture in held if picture is not None), None))
+            sources = (part.get(key) for key in ("image", "url", "path", "base64"))
+            images.append(next((source for source in sources if source is not None), None))
         else:
             raise EmmaError(f"A part of a message must be of type 'text' or 'image': got {part.get('type')!r}.")
-    return f"{token}\n" * len(pictures) + text, pictures
+    return f"{token}\n" * len(images) + text, images
+
+
+def refuse_keys(values: Mapping[str, Any], keys: tuple[str, ...], owner: str) -> None:
+    """Raise an EmmaError if one of `keys` has a value: ignoring it would train on something else than was given."""
+    for key in keys:
+        value = values.get(key)
+        if value is not None and not (isinstance(value, (str, list, tuple, Mapping)) and not value):
+            raise EmmaError(f"{owner} cannot be trained on with `{key}`: got {str(value)[:100]!r}. Remove the key.")

@@ -182,8 +182,8 @@ def training_instruction(
     """The instruction of a training row in LLaVA's format, by the authors' rule.
 
     A row of two messages: the whole user turn. Any other row: of each user turn the text between the first and the
-    second colon, or all of it where there is none; of these candidates the one with the most padding, the first of
-    equals.
+    second colon, or all of it if there is none; of these candidates the one with the most padding, the first of
+    equals. Placeholders do not belong to a turn's text: the authors move them to its front before they remove them.
 
     Args:
         conversation: messages `{"from": "human" | "gpt", "value": text}`.
@@ -194,20 +194,29 @@ def training_instruction(
     Raises:
         EmmaError: no user turn.
     """
-    turns = [message["value"] for message in conversation if message["from"] in ("human", "user")]
+    turns = [
+        _without_placeholders(message["value"], image_token)
+        for message in conversation
+        if message["from"] in ("human", "user")
+    ]
     if not turns:
         raise EmmaError(
             "A training row needs a user turn (`from` is 'human'): got "
             f"{[message['from'] for message in conversation]}."
         )
     if len(conversation) == 2:
-        return turns[0].replace(image_token, "").strip()
+        return turns[0].strip()
     candidates = []
     for turn in turns:
-        turn = turn.replace(f"{image_token}\n", "").replace(f"\n{image_token}", "")
         parts = turn.split(":")
         candidates.append(parts[1].lstrip() if len(parts) > 1 else turn)
     return max(candidates, key=lambda text: encode_instruction(tokenizer, text, length).count(0))
+
+
+def _without_placeholders(text: str, image_token: str) -> str:
+    """A user turn without its placeholders, and with the spelled-out ones as they were written."""
+    text = text.replace(image_token, "").strip() if image_token in text else text
+    return text.replace(PLACEHOLDER_ESCAPE, "")
 
 
 def escape_placeholders(text: str, image_token: str = "<image>") -> str:

@@ -1,0 +1,68 @@
+"""Training text against the chat template, and what a message must be."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.recorded import IMAGE_TOKENS
+
+from emma_hf.data import encode_conversation
+from emma_hf.data.conversations import IGNORE_INDEX
+
+# Letters that a tokenizer, a template or a parser of prompts may treat in a way of their own.
+PIECES = st.sampled_from(["a", "B:", " ", "\n", "é", "猫", "USER:", "ASSISTANT:", "</s>", "<image>", "{{", "\t", "?"])
+TEXTS = st.lists(PIECES, max_size=6).map("".join)
+
+
+@given(
+    turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3),
+    system=st.none() | TEXTS,
+    images=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_training_text_is_the_chat_template(processor, turns, system, images):
+    """Documented differences: training strips a user turn that holds an image, and a chat's text parts never hold a
+    placeholder, so that a user's spelled-out one is left out here."""
+    messages, conversation = [], []
+    if system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+        conversation.append({"from": "system", "value": system})
+    for (question, answer), count in zip(turns, images):
+        question = question.replace("<image>", "")
+        question = question.strip() if count else question
+        parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": parts})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        conversation.append({"from": "human", "value": f"{question}\n" + "<image>" * count if count else question})
+        conversation.append({"from": "gpt", "value": answer})
+    prompt = processor.apply_chat_template(messages)
+    expected, spans = processor.encode_prompt(prompt)
+    input_ids, labels = encode_conversation(processor, conversation)
+    assert input_ids == expected
+    assert input_ids.count(processor.image_token_id) == IMAGE_TOKENS * sum(images[: len(turns)])
+    # The answers and their end-of-sequence, where the template ends each of them.
+    answers = sum(label == processor.tokenizer.eos_token_id for label in labels)
+    assert answers >= len(turns) and labels[-1] == processor.tokenizer.eos_token_id
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels))
+    assert len(spans) == len(labels)
+
+
+@pytest.mark.parametrize("where", ["human", "gpt", "system"])
+def test_half_a_surrogate_pair_is_named(processor, where):
+    conversation = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
+    for message in conversation:
+        if message["from"] == where:
+            message["value"] += " \ud83d"
+    expected = (
+        rf"must be valid Unicode: that of a {where} message has half of a surrogate pair at character 2, '\\ud83d'"
+    )
+    with pytest.raises(ValueError, match=expected):
+        encode_conversation(processor, conversation)
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("image", "a.png"), ("tool_calls", [{}]), ("train", False)])
+def test_a_key_with_an_effect_is_not_ignored(processor, key, value):
+    conversation = [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g", key: value}]
+    with pytest.raises(ValueError, match=f"A message cannot be trained on with `{key}`: got .*Remove the key"):
+        encode_conversation(processor, conversation)
+    conversation[1][key] = None
+    assert encode_conversation(processor, conversation)
