@@ -56,6 +56,8 @@ ALLOWED = {
     ("serving/server.py", "_streaming"): "likewise",
     ("tiny/training.py", "_get_train_sampler"): "where `Trainer` asks for the order of rows",
     ("training/trainer.py", "_get_train_sampler"): "likewise",
+    ("integrations/liger.py", "_patch_rms_norm_module"): "Liger's public functions replace the norms of every model",
+    ("integrations/liger.py", "_patch_swiglu_module"): "likewise, the MLPs",
     ("integrations/vllm_model.py", "_apply_hf_processor_main"): VLLM,
     (
         "integrations/vllm_model.py",
