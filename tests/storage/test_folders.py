@@ -1,6 +1,10 @@
 """Folders that appear when they are complete, and JSON files whose errors name them."""
 
+import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +34,49 @@ def test_an_error_leaves_nothing_behind(tmp_path, error):
 def test_an_output_that_exists_is_refused(tmp_path):
     with pytest.raises(EmmaError, match=f"OUTPUT must not exist yet: {tmp_path} does"), new_folder(tmp_path):
         pass
+
+
+# Writes half of a model, says so, and waits to be killed.
+RUN = """
+import sys, time
+from pathlib import Path
+from emma_hf.storage.folders import new_folder
+with new_folder(sys.argv[1]) as folder:
+    (folder / "model.safetensors").write_bytes(b"half")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def running(tmp_path):
+    """A process in the middle of writing `tmp_path / "model"`, and its temporary folder."""
+    process = subprocess.Popen([sys.executable, "-c", RUN, tmp_path / "model"], stdout=subprocess.PIPE, text=True)
+    try:
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_next_run_removes_what_a_killed_one_left(running, tmp_path):
+    process, left = running
+    # Other names, and folders of the user's, are nobody else's business.
+    for name in (".model-original", ".model2-abcdefgh.incomplete", ".model-abcdefghi.incomplete"):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "model") as folder:
+        # It runs still.
+        assert os.path.isdir(left) and left != str(folder)
+    (tmp_path / "model").rmdir()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert os.path.isdir(left)
+    with new_folder(tmp_path / "model"):
+        assert not os.path.exists(left)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".model-abcdefghi.incomplete", ".model-original", ".model2-abcdefgh.incomplete", "model",
+    ]  # fmt: skip
 
 
 def test_json_is_written_for_people_and_read_back(tmp_path):
