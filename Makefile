@@ -1,17 +1,25 @@
-# Two environments for tests, one per supported Transformers line, and one that holds what a user installs and no more;
-# everything else is a thin wrapper around pytest and ruff.
+# An environment for each supported Transformers, and one that holds what a user installs and no more; everything else is
+# a thin wrapper around pytest and ruff.
 PYTHON ?= python3
+# The supported versions stand here and nowhere else; CONTRIBUTING says how the next one is added. `t5` is the newest.
 VERSION_t5 := 5.24.0
+VERSION_t520 := 5.20.2
+VERSION_t516 := 5.16.1
 VERSION_t4 := 4.57.6
+# These run every test, the others those that are marked `core`.
+WHOLE := t5 t4
+CORE := t520 t516
 # Transformers' own server is in 5 only.
-EXTRAS_t5 := ,serve
-ENVIRONMENTS := t5 t4
-PYTEST := -m pytest -n 2
+EXTRAS_t5 := lint,serve,test
+EXTRAS_t4 := test
+EXTRAS_CORE := test-core
+PYTEST := -m pytest -n 2 --dist worksteal
 # Two test processes share two cores; more threads would only get in each other's way.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: ask test test-slow test-app test-kernels test-slow-kernels lint format clean $(ENVIRONMENTS:%=test-%) $(ENVIRONMENTS:%=test-slow-%)
+.PHONY: ask test test-all test-newest test-slow test-torchao test-app test-kernels test-slow-kernels lint format clean \
+	$(WHOLE:%=test-%) $(CORE:%=test-%) $(WHOLE:%=test-slow-%) $(WHOLE:%=test-torchao-%)
 
 # The main job: a picture and a question in, an answer out.
 ask: .venv/user/ready
@@ -19,17 +27,37 @@ ask: .venv/user/ready
 	@.venv/user/bin/emma-hf tiny draw build/scene.png
 	@.venv/user/bin/emma-hf ask build/scene.png "How many things are there?"
 
-test: $(ENVIRONMENTS:%=test-%)
+test: test-t5
 
-test-slow: $(ENVIRONMENTS:%=test-slow-%)
+# The other supported versions.
+test-all: test-t4 $(CORE:%=test-%)
 
-# What one version saves the other must load, so each environment's tests know the other's Python.
-$(ENVIRONMENTS:%=test-%): test-%: $(ENVIRONMENTS:%=.venv/%/ready)
-	EMMA_OTHER_PYTHON=$(abspath .venv/$(filter-out $*,$(ENVIRONMENTS))/bin/python) \
+test-slow: $(WHOLE:%=test-slow-%)
+
+test-torchao: $(WHOLE:%=test-torchao-%)
+
+$(WHOLE:%=test-%): test-%: .venv/%/ready
 	.venv/$*/bin/python $(PYTEST) -m "not slow"
 
-$(ENVIRONMENTS:%=test-slow-%): test-slow-%: .venv/%/ready
-	.venv/$*/bin/python $(PYTEST) -m slow
+$(CORE:%=test-%): test-%: .venv/%/ready
+	.venv/$*/bin/python $(PYTEST) -m "core and not slow"
+
+# What each version saves the others must load, so the newest one's tests know the others' Pythons.
+test-slow-t5: $(WHOLE:%=.venv/%/ready) $(CORE:%=.venv/%/ready)
+	EMMA_OTHER_PYTHONS="$(foreach name,$(filter-out t5,$(WHOLE) $(CORE)),$(abspath .venv/$(name)/bin/python))" \
+	.venv/t5/bin/python $(PYTEST) -m slow
+
+test-slow-t4: .venv/t4/ready
+	.venv/t4/bin/python $(PYTEST) -m "slow and not once"
+
+$(WHOLE:%=test-torchao-%): test-torchao-%: .venv/%/ready .venv/torchao/ready
+	PYTHONPATH="$(abspath .venv/torchao):$$PYTHONPATH" .venv/$*/bin/python -m pytest tests/model/test_torchao.py
+
+# The core on whatever the registry's newest Transformers is, also one that the package's cap keeps out.
+test-newest: .venv/newest/ready
+	.venv/newest/bin/python -m pip install -q --upgrade transformers
+	.venv/newest/bin/python -m pip show transformers | head -n 2
+	.venv/newest/bin/python $(PYTEST) -m "core and not slow"
 
 # The kernels in Triton's interpreter, and through its compiler, which needs no GPU.
 test-kernels: .venv/kernels/ready
@@ -69,8 +97,16 @@ test-app: .venv/app/ready
 .venv/%/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv --clear .venv/$*
 	.venv/$*/bin/python -m pip install -q -c constraints.txt torch
-	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(VERSION_$*) -e ".[ftfy,lint,test$(EXTRAS_$*)]"
+	.venv/$*/bin/python -m pip install -q -c constraints.txt transformers==$(or $(VERSION_$*),$(VERSION_t5)) \
+	-e ".[$(or $(EXTRAS_$*),$(EXTRAS_CORE))]"
 	.venv/$*/bin/python -m pip install -q --no-deps open_clip_torch==3.3.0
+	touch $@
+
+# Where torchao is installed, Transformers imports it, which takes seconds in every process: a folder of its own that
+# both environments take it from.
+.venv/torchao/ready: pyproject.toml constraints.txt Makefile .venv/t5/ready
+	rm -rf .venv/torchao
+	.venv/t5/bin/python -m pip install -q -c constraints.txt --no-deps --target .venv/torchao torchao
 	touch $@
 
 # Triton takes a gigabyte, and the other tests are to pass without it: an environment of its own that sees t5's packages.

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 import torch
 from PIL import Image
@@ -151,6 +150,7 @@ def test_chat_rows_are_the_same_items(processor, write, reference, source):
         images = [Image.open(path) for path in paths]
         rows.append({"messages": messages} if source == "parts" else {"messages": messages, "images": images})
     if source.startswith("datasets"):
+        datasets = pytest.importorskip("datasets")
         rows = datasets.Dataset.from_list(rows)
         if source.endswith("pictures"):
             rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
@@ -161,6 +161,7 @@ def test_chat_rows_are_the_same_items(processor, write, reference, source):
 
 
 def test_lengths_open_no_picture(processor, monkeypatch):
+    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list(
         [{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}], "images": []}] * 2
     ).cast_column("images", datasets.List(datasets.Image()))

@@ -13,11 +13,6 @@ from emma_hf import EmmaForConditionalGeneration
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 
 FAMILIES = ("vision_config", "instruction_config", "text_config")
-# Transformers compiles this attention when it first runs.
-FLEX = [
-    "instruction_config",
-    *(pytest.param(part, marks=pytest.mark.slow) for part in ("vision_config", "text_config", "all")),
-]
 
 
 @torch.no_grad()
@@ -25,7 +20,9 @@ def logits_of(model, inputs) -> torch.Tensor:
     return model(**inputs).logits
 
 
-@pytest.mark.parametrize("part", FLEX)
+# Transformers compiles this attention when it first runs.
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [*FAMILIES, "all"])
 def test_flex_attention_by_part_gives_the_logits_of_eager(part):
     model = tiny_model()
     inputs = tiny_inputs(model, (2, 1, 0))
@@ -39,6 +36,7 @@ def test_flex_attention_by_part_gives_the_logits_of_eager(part):
     torch.testing.assert_close(logits_of(model, inputs), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_instruction_encoder_stays_causal_under_flex_attention():
     model = tiny_model()
     model.set_attn_implementation({"instruction_config": "flex_attention"})

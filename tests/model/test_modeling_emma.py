@@ -493,6 +493,7 @@ def test_the_model_can_be_built_on_the_meta_device_and_copied():
 # Compiling, exporting, offloading
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_gives_the_same_logits_and_still_counts_images():
     model = tiny_model()
     inputs = tiny_inputs(model, images=(1, 2))

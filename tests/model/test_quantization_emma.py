@@ -1,19 +1,17 @@
 """4-bit and 8-bit loading: what is quantized, saved exactly, trained, merged, and refused."""
 
-import importlib.util
 import re
 
 import pytest
 import torch
-from support.models import tiny_config
+from support.models import LANGUAGE_LINEARS, tiny_config
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.conversion import convert
 from emma_hf.model import quantization_emma
-from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.quantization_emma import NOT_QUANTIZED, bitsandbytes_config
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.evaluation import answers
@@ -29,7 +27,6 @@ QUANTIZERS = {
     "int8 without outliers": {"load_in_8bit": True, "llm_int8_threshold": 0.0},
 }
 FOUR_BIT = ("nf4", "nf4, double", "fp4")
-OURS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj"
 
 
 def load(name: str, folder=EMMA_TINY, **values) -> EmmaForConditionalGeneration:
@@ -59,7 +56,9 @@ def quantized_modules(model) -> set[str]:
 def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(name):
     model = load(name)
     linears = {
-        key for key, module in model.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(OURS, key)
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(LANGUAGE_LINEARS, key)
     }
     assert len(linears) == 42 and quantized_modules(model) == linears
     for key, weight in model.named_parameters():
@@ -67,36 +66,6 @@ def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(name):
             assert weight.dtype == (torch.uint8 if name in FOUR_BIT else torch.int8), key
         else:
             assert weight.dtype == torch.bfloat16, key
-
-
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_torchao_quantizes_the_same_layers(kind, inputs, tmp_path):
-    torchao = pytest.importorskip("torchao.quantization")
-    whole = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.bfloat16)
-    config = TorchAoConfig(getattr(torchao, kind)())
-    model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, quantization_config=config, dtype=torch.bfloat16)
-    found = {name for name, weight in model.named_parameters() if type(weight).__name__ == "Int8Tensor"}
-    assert found == {name for name, _ in whole.named_parameters() if re.fullmatch(OURS + r"\.weight", name)}
-    assert {weight.dtype for name, weight in model.named_parameters() if name not in found} == {torch.bfloat16}
-    expected = logits(whole, inputs)
-    after = logits(model, inputs)
-    assert 0 < (after - expected).abs().max() < 0.05 * expected.abs().max()
-    if not TRANSFORMERS_5:
-        with pytest.raises(ValueError, match="not serializable"):
-            model.save_pretrained(tmp_path)
-        return
-    model.save_pretrained(tmp_path)
-    again = EmmaForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
-    assert torch.equal(logits(again, inputs), after)
-
-
-def test_what_torchao_cannot_run_here_is_told():
-    torchao = pytest.importorskip("torchao.quantization")
-    if torch.cuda.is_available() or importlib.util.find_spec("mslk"):
-        pytest.skip("here it can")
-    config = TorchAoConfig(torchao.Int4WeightOnlyConfig(group_size=64))
-    with pytest.raises((ValueError, ImportError), match="A quantization must be one that|Requires mslk"):
-        EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, quantization_config=config, dtype=torch.bfloat16)
 
 
 def test_a_list_of_the_user_is_added_to():

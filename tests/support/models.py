@@ -9,6 +9,9 @@ from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaPro
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.scenes import Scene
 
+# The linear layers that a quantizer quantizes.
+LANGUAGE_LINEARS = r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj"
+
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 INSTRUCTION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 TEXT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}

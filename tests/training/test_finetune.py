@@ -5,7 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import transformers
@@ -14,6 +13,8 @@ from support.rows import save_rows
 from emma_hf.cli import main
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training.finetune import parse
+
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture

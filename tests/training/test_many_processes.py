@@ -55,6 +55,7 @@ def assert_same_run(one: Path, other: Path, weights: str = "model.safetensors") 
         assert (tensor - expected[name]).abs().max() < 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "rows_at_once"), [("finetune", 1), ("lora", 1)])
 def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_once):
     one, two = tmp_path / "one", tmp_path / "two"

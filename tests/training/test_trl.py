@@ -1,16 +1,16 @@
 """TRL trains EMMA as it is: supervised fine-tuning and preferences on pictures."""
 
-import datasets
 import pytest
 import torch
 from PIL import Image
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ChatDataset
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.instruction_emma import encode_instruction
 from emma_hf.training.stages import FUSION_MODULES, prepare
+
+datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
 
 PICTURES = ["photo.jpg", "palette.png", "tall_gray.png", "tiny.png"]
 QUESTIONS = [f"What is picture {number}?" for number in range(len(PICTURES))]
@@ -72,7 +72,7 @@ def test_supervised_on_messages(trainable, processor, pictures, tmp_path):
     rows = {"messages": [chat("user", question) + chat("assistant", ANSWER) for question in QUESTIONS]}
     # 4.57 finds no assistant turns in a batch with pictures, which TRL refuses.
     only = {"assistant_only_loss": True} if TRANSFORMERS_5 else {}
-    batches = train(SFTTrainer, SFTConfig, trainable, tmp_path, processor, rows, pictures, **only)
+    batches = train(trl.SFTTrainer, trl.SFTConfig, trainable, tmp_path, processor, rows, pictures, **only)
     dataset = ChatDataset(datasets.Dataset.from_dict({**rows, "images": pictures}), processor)
     ours = {QUESTIONS[index]: dataset[index] for index in range(len(dataset))}
     seen = asked(batches[0], processor)
@@ -89,7 +89,7 @@ def test_supervised_on_messages(trainable, processor, pictures, tmp_path):
 def test_supervised_on_prompts_and_completions(trainable, processor, pictures, tmp_path):
     prompts = [chat("user", question) for question in QUESTIONS]
     rows = {"prompt": prompts, "completion": [chat("assistant", ANSWER)] * len(prompts)}
-    batches = train(SFTTrainer, SFTConfig, trainable, tmp_path, processor, rows, pictures)
+    batches = train(trl.SFTTrainer, trl.SFTConfig, trainable, tmp_path, processor, rows, pictures)
     assert sorted(asked(batches[0], processor)) == QUESTIONS
     for labels in batches[0]["labels"]:
         assert processor.tokenizer.decode(labels[labels != -100]).split() == [f"{ANSWER}</s>"]
@@ -99,7 +99,7 @@ def test_preferences(trainable, processor, pictures, tmp_path):
     prompts = [chat("user", question) for question in QUESTIONS]
     chosen, rejected = [chat("assistant", ANSWER)] * len(prompts), [chat("assistant", "A blue whale.")] * len(prompts)
     rows = {"prompt": prompts, "chosen": chosen, "rejected": rejected}
-    batches = train(DPOTrainer, DPOConfig, trainable, tmp_path, processor, rows, pictures)
+    batches = train(trl.DPOTrainer, trl.DPOConfig, trainable, tmp_path, processor, rows, pictures)
     # Chosen and rejected answers of a row share its picture and its instruction.
     seen = asked(batches[0], processor)
     assert seen[: len(PICTURES)] == seen[len(PICTURES) :] and sorted(set(seen)) == QUESTIONS
