@@ -6,7 +6,7 @@ VERSION_t5 := 5.24.0
 VERSION_t520 := 5.20.2
 VERSION_t516 := 5.16.1
 VERSION_t4 := 4.57.6
-# These run every test, the others those that are marked `core`.
+# These run every test, the others the core: `tests/model`, `tests/data`, and what is marked so.
 WHOLE := t5 t4
 CORE := t520 t516
 # Transformers' own server is in 5 only.
@@ -17,6 +17,9 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # Two test processes share two cores; more threads would only get in each other's way.
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
+# Python compiles what it imports, once; pip would compile the whole of every package, which takes longer than the rest.
+unexport PYTHONDONTWRITEBYTECODE
+export PIP_COMPILE := 0
 
 .PHONY: ask test test-all test-newest test-slow test-torchao test-app test-kernels test-slow-kernels lint format clean \
 	$(WHOLE:%=test-%) $(CORE:%=test-%) $(WHOLE:%=test-slow-%) $(WHOLE:%=test-torchao-%)

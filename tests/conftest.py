@@ -15,7 +15,15 @@ from support.models import save_trainable
 import emma_hf
 from emma_hf.conversion import convert
 
-REFERENCE = Path(__file__).parent / "fixtures" / "reference"
+TESTS = Path(__file__).parent
+REFERENCE = TESTS / "fixtures" / "reference"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What travels with the weights, and what prepares its batches, is tested on every supported Transformers."""
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in ("model", "data"):
+            item.add_marker("core")
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ import emma_hf
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 
-pytestmark = pytest.mark.core
-
 # Pythons of the environments with the other supported versions of Transformers; `make test-slow` sets them.
 OTHER_PYTHONS = os.environ.get("EMMA_OTHER_PYTHONS", "").split()
 

@@ -1,5 +1,6 @@
 """Nothing that this package does uses a name that the running Transformers deprecates."""
 
+import pytest
 from support.processes import run_python
 from support.rows import save_rows
 
@@ -55,6 +56,7 @@ processor.save_pretrained("trained")
 """
 
 
+@pytest.mark.core
 def test_no_deprecated_name_is_used(tmp_path, reference):
     rows = save_rows(tmp_path / "rows.json")
     done = run_python(EVERYTHING, rows, reference / "images", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))

@@ -33,6 +33,7 @@ class Gradients(TrainerCallback):
         self.of = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [Trainer, EmmaTrainer])
 @pytest.mark.parametrize("rows_at_once", [3, 1])
 def test_the_recorded_batch_has_the_recorded_loss_and_gradients(
