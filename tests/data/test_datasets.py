@@ -337,6 +337,7 @@ def test_broken_images_of_a_column_are_named_and_skipped(processor, reference, k
         "no file": {"bytes": None, "path": "nowhere.png"},
     }[kind]
     messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "An officer."}]
+    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"messages": messages, "images": [images]} for images in (broken, good)])
     rows = rows.cast_column("images", datasets.List(datasets.Image(decode=decode)))
     with pytest.raises((ValueError, FileNotFoundError), match="Row 0: "):
