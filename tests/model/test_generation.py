@@ -264,3 +264,14 @@ def test_every_model_suppresses_the_placeholder(tmp_path):
     assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]
     path.unlink()
     assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]
+
+
+def test_beams_of_a_prompt_without_images_are_those_of_no_image_inputs():
+    model = tiny_model()
+    inputs = tiny_inputs(model, images=(0,))
+    empty = {
+        "pixel_values": torch.zeros(0, 3, 28, 28),
+        "instruction_input_ids": torch.zeros(0, 77, dtype=torch.long),
+    }
+    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **empty, **options), model.generate(**inputs, **options))

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
+from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswersCallback, plot_loss, prepare
 
 
@@ -71,6 +72,95 @@ def test_the_recorded_batch_has_the_recorded_loss_and_gradients(
         expected = cases[f"train.grad|{theirs}"]
         actual = gradients.of[ours][: expected.shape[0]]
         assert (actual - expected).norm() <= 1e-3 * expected.norm(), theirs
+
+
+@pytest.fixture
+def mixed(rows):
+    """Rows with and without an image, of different lengths."""
+    return [rows[index] for index in (0, 7, 3, 6)]
+
+
+def next_token_loss(logits, labels, epsilon: float) -> torch.Tensor:
+    """Label smoothing by its definition: a share `epsilon` of each label is spread evenly over the vocabulary."""
+    log_probabilities = logits[:, :-1].float().log_softmax(-1)
+    labels = labels[:, 1:]
+    target = torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1]).float()
+    target = (1 - epsilon) * target + epsilon / logits.shape[-1]
+    return -((target * log_probabilities).sum(-1) * (labels != -100)).sum() / (labels != -100).sum()
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, EmmaTrainer])
+@pytest.mark.parametrize("stage", ["finetune", "lora"])
+@pytest.mark.parametrize("epsilon", [1e-9, 0.3])
+def test_label_smoothing_is_of_the_next_token(trainable, processor, mixed, tmp_path, trainer_class, stage, epsilon):
+    model = prepare(EmmaForConditionalGeneration.from_pretrained(trainable), stage, lora_r=2, lora_dropout=0.0)
+    collate = DataCollator(processor)
+    batch = collate(mixed)
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    expected = next_token_loss(outputs.logits, batch["labels"], epsilon)
+    if epsilon < 0.1:
+        torch.testing.assert_close(expected, outputs.loss)
+    # 4.57 itself does not divide a smoothed loss by the accumulated batch; `EmmaTrainer` does.
+    steps = 2 if trainer_class is EmmaTrainer or TRANSFORMERS_5 else 1
+    trainer = trainer_class(
+        model=model,
+        args=arguments(
+            tmp_path, label_smoothing_factor=epsilon, per_device_train_batch_size=4 // steps,
+            gradient_accumulation_steps=steps, per_device_eval_batch_size=4, learning_rate=0.0, remove_unused_columns=False,
+        ),
+        train_dataset=mixed,
+        eval_dataset=mixed,
+        data_collator=collate,
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    # The log has four decimals on 4.57.
+    assert trainer.train().training_loss == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, EmmaTrainer])
+def test_predictions_over_rows_with_and_without_images(trainable, processor, mixed, tmp_path, trainer_class):
+    model = EmmaForConditionalGeneration.from_pretrained(trainable).eval()
+    collate, seen = DataCollator(processor), []
+
+    def accuracy(prediction) -> dict[str, float]:
+        seen.append(prediction)
+        hits = prediction.predictions.argmax(-1)[:, :-1] == prediction.label_ids[:, 1:]
+        return {"accuracy": hits[prediction.label_ids[:, 1:] != -100].mean().item()}
+
+    trainer = trainer_class(
+        model=model,
+        args=arguments(tmp_path, per_device_eval_batch_size=1, remove_unused_columns=False),
+        eval_dataset=mixed,
+        data_collator=collate,
+        compute_metrics=accuracy,
+    )
+    prediction = trainer.predict(mixed)
+    # The logits alone, and no image features: one array, padded with -100.
+    assert isinstance(prediction.predictions, np.ndarray) and prediction.predictions.shape[0] == len(mixed)
+    for row, item in enumerate(mixed):
+        with torch.no_grad():
+            logits = model(**collate([item])).logits[0].numpy()
+        np.testing.assert_allclose(prediction.predictions[row, : len(logits)], logits, atol=1e-4)
+        assert (prediction.predictions[row, len(logits) :] == -100).all()
+    assert trainer.evaluate()["eval_accuracy"] == prediction.metrics["test_accuracy"]
+    assert len(seen) == 2
+
+
+def test_a_step_without_images_in_the_first_stage_changes_nothing(trainable, processor, mixed, tmp_path):
+    model = prepare(EmmaForConditionalGeneration.from_pretrained(trainable), "pretrain")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = EmmaTrainer(
+        model=model,
+        args=arguments(tmp_path, learning_rate=1.0),
+        train_dataset=[item for item in mixed if "pixel_values" not in item],
+        data_collator=DataCollator(processor),
+    )
+    with torch.no_grad():
+        expected = model(**DataCollator(processor)([item for item in mixed if "pixel_values" not in item])).loss
+    assert trainer.train().training_loss == pytest.approx(expected.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_the_optimizer_has_both_rates_and_decays_no_bias(trainable, processor, rows, tmp_path):

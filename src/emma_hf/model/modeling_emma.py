@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -451,7 +452,9 @@ class EmmaModel(EmmaPreTrainedModel):
             # A decoding step is one token, never a placeholder: checking it would only stall the device.
             if input_ids is not None:
                 self.get_placeholder_mask(input_ids, inputs_embeds, None)
-            if requires_synced_forward(self):
+            # Where only the vision path is trained, the loss of a batch without images would have no graph.
+            no_graph = self.training and not any(p.requires_grad for p in self.language_model.parameters())
+            if no_graph or requires_synced_forward(self):
                 inputs_embeds = inputs_embeds + self._dummy_image_features(inputs_embeds).sum().to(inputs_embeds)
 
         outputs = self.language_model(
@@ -681,7 +684,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
         """Repeat each row for its beams or samples. Pictures are encoded first, once, and repeated row by row."""
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-        if images and expand_size > 1:
+        if expand_size > 1 and any(value.shape[0] for value in images.values()):
             if "image_features" not in images:
                 images = {"image_features": self.get_image_features(**images, return_dict=True).pooler_output}
             groups = self._images_per_row(input_ids, model_kwargs.get("inputs_embeds"), images["image_features"])
@@ -762,5 +765,8 @@ def unique_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     unique, indices = torch.unique(ids, dim=0, return_inverse=True)
     return (unique, indices) if len(unique) < len(ids) else (ids, None)
 
+
+# With label smoothing `Trainer` computes the loss itself, of the next token only for classes in this table.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(EmmaConfig.model_type, EmmaForConditionalGeneration.__name__)
 
 __all__ = ["EmmaForConditionalGeneration", "EmmaModel", "EmmaPreTrainedModel"]

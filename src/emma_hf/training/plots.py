@@ -8,7 +8,7 @@ from ..model.errors_emma import EmmaError, MissingPackageError
 
 
 def figure_class() -> Any:
-    """matplotlib's `Figure`; what draws at its end asks for it at its beginning.
+    """matplotlib's `Figure`; a long run that draws at its end calls this at its beginning.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -20,13 +20,16 @@ def figure_class() -> Any:
     return Figure
 
 
-def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "nats per token") -> None:
-    """Draw training and evaluation loss over the steps.
+def plot_loss(
+    log_history: list[dict[str, Any]], path: str | Path, unit: str = "nats per token", title: str = "Training of EMMA"
+) -> None:
+    """Draw training and evaluation loss against optimizer steps.
 
     Args:
-        log_history: of `trainer.state`.
-        path: of the picture; its ending decides the format.
-        unit: of the loss.
+        log_history: `trainer.state.log_history`.
+        path: file to write; its suffix decides the format.
+        unit: unit of the loss.
+        title: title of the figure.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -40,7 +43,7 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path, unit: str = "
             axes.plot(*zip(*points), style, label=label, markersize=4)
     if not axes.lines:
         raise EmmaError("There is no loss to draw: the history holds none. Log at least once (`logging_steps`).")
-    axes.set(xlabel="step", ylabel=f"loss ({unit})")
+    axes.set(title=title, xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

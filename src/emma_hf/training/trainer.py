@@ -1,34 +1,33 @@
-"""What fine-tuning EMMA adds to Transformers' `Trainer`: two rates, batches of one modality, sample answers, a plot."""
+"""`Trainer` with a separate learning rate for projector and modality adaptation, and single-modality batches."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.utils import logging
 
+from ..data.conversations import IGNORE_INDEX
 from ..integrations.liger import register_with_liger
 from .callbacks import SkippedRowsCallback
 from .sampler import ModalityLengthSampler
 from .stages import parameter_groups
 
-logger = logging.get_logger(__name__)
-
 
 class EmmaTrainer(Trainer):
-    """`Trainer` with a rate of its own for projector and modality adaptation, and batches of one modality.
+    """`Trainer` with a separate learning rate for projector and modality adaptation, and single-modality batches.
 
-    `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.integrations.liger`]). Everything else is `Trainer`,
-    which trains EMMA as well where none of these is wanted. At the end it tells which rows a dataset with
-    `on_error="skip"` left out.
+    `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.integrations.liger`]). At the end of training it logs
+    which rows a dataset with `on_error="skip"` left out. A plain `Trainer` trains EMMA too, without these.
 
     Args:
-        projector_learning_rate: of projector and modality adaptation. Default: `args.learning_rate`.
-        group_by_modality: order the rows by [`ModalityLengthSampler`], where the dataset knows `modality_lengths`.
-        **kwargs: of `Trainer`.
+        projector_learning_rate: learning rate of projector and modality adaptation. Default: `args.learning_rate`.
+        group_by_modality: order the rows by [`ModalityLengthSampler`] if the dataset has `modality_lengths`.
+        **kwargs: arguments of `Trainer`.
     """
 
     optimizer_cls_and_kwargs: Any
+    compute_loss_func: Any
 
     def __init__(
         self,
@@ -41,12 +40,15 @@ class EmmaTrainer(Trainer):
         if arguments is not None and arguments.use_liger_kernel:
             register_with_liger()
         super().__init__(*args, **kwargs)
+        # `Trainer` knows the class by its name, which FSDP2 changes; 4.57 also scales an accumulated loss wrongly.
+        if self.label_smoother is not None and self.compute_loss_func is None:
+            self.compute_loss_func = partial(_smoothed_loss, self.label_smoother.epsilon)
         self.projector_learning_rate = projector_learning_rate
         self.group_by_modality = group_by_modality
         self.add_callback(SkippedRowsCallback(self))
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with the groups of [`emma_hf.training.parameter_groups`]."""
+        """Create the optimizer that the arguments name, with the groups of [`emma_hf.training.parameter_groups`]."""
         if self.optimizer is None:
             model = args[0] if args and args[0] is not None else self.model
             rate = self.args.learning_rate
@@ -57,8 +59,10 @@ class EmmaTrainer(Trainer):
                 self.args.weight_decay,
                 decays=set(self.get_decay_parameter_names(model)).__contains__,
             )
-            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer_cls_and_kwargs = (kind, {**options, "params": groups})
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            self.optimizer_cls_and_kwargs = (optimizer_class, {**options, "params": groups})
         return super().create_optimizer(*args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -69,3 +73,14 @@ class EmmaTrainer(Trainer):
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return ModalityLengthSampler(dataset.modality_lengths(), rows, seed)
+
+
+def _smoothed_loss(
+    epsilon: float, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Next-token cross-entropy against labels (batch, tokens) of which a share `epsilon` is spread over all tokens."""
+    logits, labels = outputs["logits"][:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(
+        logits, labels.to(logits.device), ignore_index=IGNORE_INDEX, label_smoothing=epsilon, reduction="sum"
+    )
+    return total / ((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
