@@ -8,41 +8,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import converted_from, edit, weights
 
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor, HubError
 from emma_hf.conversion import convert, reverse
-from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
+from emma_hf.conversion.instruction_vocabulary import BPE_NAME
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
-from emma_hf.model.instruction_emma import encode_instruction
-from emma_hf.storage.tensors import parse_size
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
 
 
 def equal(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(
         first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )
-
-
-@pytest.fixture
-def authors(reference, tmp_path):
-    """A copy of the authors' checkpoint that a test may damage."""
-    return shutil.copytree(reference / "original", tmp_path / "authors")
-
-
-def converted_from(authors, output, **kwargs):
-    return convert(authors, output, clip=authors / "clip", progress=False, **kwargs)
-
-
-def edit(path, **changes) -> None:
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
 
 
 # The way there
@@ -117,23 +94,6 @@ def test_shards_and_dtype(authors, tmp_path, converted):
     EmmaForConditionalGeneration.from_pretrained(output)
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_recorded_prompt_ids(authors, tmp_path, reference, legacy):
-    edit(authors / "tokenizer_config.json", legacy=legacy)
-    processor = EmmaProcessor.from_pretrained(converted_from(authors, tmp_path / "out"))
-    processor.save_pretrained(tmp_path / "again")
-    rows = json.loads((reference / "prompt_tokens.json").read_text())
-    rows = [row for row in rows if row["legacy"] == legacy]
-    assert len(rows) == 10
-    for tokenizes in (processor, EmmaProcessor.from_pretrained(tmp_path / "again")):
-        for row in rows:
-            ids = []
-            for token in row["ids"]:
-                ids += [700] * 16 if token == -200 else [token]
-            images = [torch.zeros(3, 4, 4, dtype=torch.uint8)] * row["prompt"].count("<image>")
-            assert tokenizes(images or None, row["prompt"])["input_ids"] == [ids], row["prompt"]
-
-
 @pytest.mark.parametrize(
     ("changes", "ours"),
     [
@@ -164,26 +124,6 @@ def test_variants(authors, tmp_path, changes, ours):
         assert torch.equal(adaptation.visual_offset, fusion["learnable_tokens"])
     if "image_aspect_ratio" in changes:
         assert not EmmaProcessor.from_pretrained(tmp_path / "out").image_processor.do_pad
-
-
-@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
-def test_the_instruction_vocabulary_can_come_from_clip(authors, tmp_path, reference, form):
-    tokenizer = load_instruction_tokenizer(authors)
-    (authors / BPE_NAME).unlink()
-    if form == "tokenizer.json":
-        tokenizer.save_pretrained(authors / "clip")
-        for name in ("vocab.json", "merges.txt"):
-            (authors / "clip" / name).unlink(missing_ok=True)
-    else:
-        tokenizer.backend_tokenizer.model.save(str(authors / "clip"))
-        specials = {"bos_token": "<start_of_text>", "eos_token": "<end_of_text>", "unk_token": "<end_of_text>"}
-        (authors / "clip" / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "CLIPTokenizer", "pad_token": "<end_of_text>", **specials})
-        )
-    processor = EmmaProcessor.from_pretrained(converted_from(authors, tmp_path / "out"))
-    for line in (reference / "instruction_tokens.jsonl").read_text().splitlines()[::7]:
-        row = json.loads(line)
-        assert encode_instruction(processor.instruction_tokenizer, row["text"]) == row["ids"]
 
 
 def test_pickled_weights_are_read_as_tensors_alone(authors, tmp_path, converted):
@@ -378,9 +318,3 @@ def test_an_interrupt_leaves_nothing_behind(authors, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         converted_from(authors, tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
-
-
-def test_sizes():
-    assert [parse_size(text) for text in ("5GB", "256mb", "1.5 GiB", 7, "8KB")] == [
-        5 * 10**9, 256 * 10**6, 3 * 2**29, 7, 8000,
-    ]  # fmt: skip
