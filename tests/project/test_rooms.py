@@ -22,7 +22,7 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # What any room may take from the package itself.
-ROOT_NAMES = {"EMMA_TINY", "__version__"}
+ROOT_NAMES = {"EMMA_TINY", "__version__", "auto_classes"}
 # Copied to the Hub alone, or run in a process that cannot import the package.
 ALONE = {"hub/template/handler.py", "hub/answer_without_package.py"}
 

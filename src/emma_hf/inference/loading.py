@@ -1,6 +1,5 @@
 """A model and its processor, from a folder or the Hub, on a device."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ CONVERT = "`emma-hf convert SOURCE OUTPUT` writes such a folder from the authors
 
 
 def load_model(
-    source: str | os.PathLike,
+    source: str | Path,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,

@@ -96,7 +96,9 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
     """Arguments, with what the stage's authors used where nothing is given."""
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), prog="emma-hf train")
     parser.set_defaults(gradient_accumulation_steps=None)
-    given, _ = parser.parse_known_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     stage = stage_of(given.stage)
     parser.set_defaults(
         **stage.training_arguments(),
@@ -111,7 +113,10 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         # Logits of every token over the whole vocabulary are not for keeping.
         prediction_loss_only=True,
     )
-    return parser.parse_args_into_dataclasses(arguments)
+    try:
+        return parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:
+        raise EmmaError(f"`TrainingArguments` refuses this combination of options: {error}") from error
 
 
 def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:

@@ -1,0 +1,42 @@
+"""The arguments of commands that load a model."""
+
+import argparse
+
+from ... import EMMA_TINY
+from ...model.errors_emma import EmmaError
+
+MODEL = {
+    "default": str(EMMA_TINY),
+    "metavar": "MODEL",
+    "help": "folder or Hub id (default: emma-tiny, which knows drawn shapes)",
+}
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZATIONS = ("4bit", "8bit")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, `--dtype` and `--quantization`."""
+    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        metavar=f"{{{','.join(DTYPES)}}}",
+        help="dtype of the computation (default: auto, as stored)",
+    )
+    parser.add_argument(
+        "--quantization",
+        metavar=f"{{{','.join(QUANTIZATIONS)}}}",
+        help="smaller weights of the language model (default: as stored)",
+    )
+
+
+def check_loading_arguments(args: argparse.Namespace) -> None:
+    """Refuse values that no machine has.
+
+    Raises:
+        EmmaError: another dtype or quantization.
+    """
+    if args.dtype not in DTYPES:
+        raise EmmaError(f"`--dtype` must be auto, float32, float16 or bfloat16: got {args.dtype!r}.")
+    if args.quantization not in (None, *QUANTIZATIONS):
+        raise EmmaError(f"`quantization` must be 4bit or 8bit: got {args.quantization!r}.")

@@ -1,0 +1,50 @@
+"""`emma-hf serve`: an OpenAI-compatible server."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ...model.errors_emma import EmmaError
+from .loading_arguments import MODEL, add_loading_arguments, check_loading_arguments
+
+
+def add_commands(commands: Any) -> None:
+    """Add `serve`."""
+    parser = commands.add_parser("serve", help="answer OpenAI-style chat requests over HTTP (Transformers 5)")
+    parser.add_argument("model", nargs="?", **MODEL)
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")
+    parser.add_argument("--name", help="model name that clients request (default: MODEL, of a path its last part)")
+    parser.add_argument("--max-megabytes", type=float, default=32, metavar="N", help="largest request (default: 32)")
+    parser.add_argument("--max-megapixels", type=float, default=36, metavar="N", help="largest image (default: 36)")
+    parser.add_argument(
+        "--remote-pictures",
+        action="store_true",
+        help="fetch http(s) URLs of clients; only where no host behind the firewall must be protected",
+    )
+    parser.set_defaults(check_arguments=_check, run=_serve)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_megabytes <= 0 or args.max_megapixels <= 0:
+        raise EmmaError(
+            f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "
+            f"{args.max_megapixels:g}."
+        )
+    check_loading_arguments(args)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from ...inference import load_model
+    from ...serving.requests import Limits
+    from ...serving.server import listen, serve
+
+    limits = Limits(int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.remote_pictures)
+    name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
+    # Before the weights, which take long: a port in use is reported at once.
+    with listen(args.host, args.port) as listener:
+        model, processor = load_model(args.model, args.device, args.dtype, args.quantization)
+        serve(model, processor, name, listener, limits)

@@ -1,0 +1,82 @@
+"""`emma-hf tiny`: the drawn scenes of emma-tiny, its training and its evaluation."""
+
+import argparse
+import sys
+from typing import Any
+
+from ... import EMMA_TINY
+from ...model.errors_emma import EmmaError
+
+# Pixels. Drawing takes about 20 bytes for each of the pixels: 0.3 GB for the largest.
+SMALLEST_SIDE, LARGEST_SIDE = 16, 4096
+
+
+def add_commands(commands: Any) -> None:
+    """Add `tiny` and its parts."""
+    tiny = commands.add_parser("tiny", help="emma-tiny: draw its scenes, train it, measure it")
+    parts = tiny.add_subparsers(required=True, metavar="PART")
+
+    draw = parts.add_parser("draw", help="draw a scene that emma-tiny can answer questions about")
+    draw.add_argument("output", metavar="IMAGE", help="file to write; its ending decides the format")
+    draw.add_argument("--seed", type=int, default=0, help="number of the scene (default: 0)")
+    draw.add_argument(
+        "--side",
+        type=int,
+        default=336,
+        help=f"width and height in pixels, {SMALLEST_SIDE} to {LARGEST_SIDE} (default: 336)",
+    )
+    draw.set_defaults(check_arguments=_check_draw, run=_draw)
+
+    train = parts.add_parser("train", help="train it from random weights; a run that was stopped continues")
+    train.add_argument("output", metavar="OUTPUT", help="folder of all phases")
+    train.add_argument("--seed", type=int, default=0, help="seed of the weights and the data (default: 0)")
+    train.add_argument("--smoke", action="store_true", help="a few steps of each phase")
+    train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
+    train.set_defaults(run=_train)
+
+    evaluate = parts.add_parser("evaluate", help="ask new questions and count the right answers")
+    evaluate.add_argument(
+        "--model", default=str(EMMA_TINY), help="folder of an emma-tiny (default: the one that ships)"
+    )
+    evaluate.add_argument("--questions", type=int, default=5000, help="number of questions (default: 5000)")
+    evaluate.add_argument("--captions", type=int, default=500, help="number of captions (default: 500)")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the questions (default: 0)")
+    evaluate.add_argument("--output", help="folder for the table, the figure and every answer")
+    evaluate.set_defaults(check_arguments=_check_evaluate, run=_evaluate)
+
+
+def _check_draw(args: argparse.Namespace) -> None:
+    if args.side < SMALLEST_SIDE:
+        raise EmmaError(f"`--side` must be at least {SMALLEST_SIDE} pixels: got {args.side}.")
+    if args.side > LARGEST_SIDE:
+        raise EmmaError(f"`--side` must be at most {LARGEST_SIDE} pixels: got {args.side}.")
+
+
+def _draw(args: argparse.Namespace) -> None:
+    from ...tiny import Scene, caption, draw
+
+    scene = Scene.random(args.seed)
+    draw(scene, args.side).save(args.output)
+    print(f"wrote {args.output}: {caption(scene)}", file=sys.stderr)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from ...tiny import train_tiny
+    from ...tiny.recipe import SMOKE, Budget
+
+    folder = train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed, args.compile)
+    print(f"wrote {folder}", file=sys.stderr)
+
+
+def _check_evaluate(args: argparse.Namespace) -> None:
+    if args.questions < 1 or args.captions < 0:
+        raise EmmaError(
+            f"`--questions` must be at least 1 and `--captions` at least 0: got {args.questions} and {args.captions}."
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from ...tiny.evaluation import evaluate_tiny, table
+
+    result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output)
+    print(table(result), end="")
