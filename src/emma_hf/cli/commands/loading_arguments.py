@@ -1,11 +1,12 @@
 """The arguments of commands that load a model."""
 
 import argparse
+from typing import Any
 
 from ... import EMMA_TINY
 from ...model.errors_emma import EmmaError
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "default": str(EMMA_TINY),
     "metavar": "MODEL",
     "help": "folder or Hub id (default: emma-tiny, which knows drawn shapes)",
