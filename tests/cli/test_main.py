@@ -1,102 +1,18 @@
-"""The command, as a user types it."""
+"""The command: its parser, its errors and how it ends."""
 
-import base64
-import functools
-import io
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from emma_hf.cli import main
 
-
-def ask(*arguments, model) -> int:
-    return main(["ask", "--model", str(model), "--max-new-tokens", "6", *map(str, arguments)])
-
-
-@pytest.fixture
-def stdin(monkeypatch):
-    def set_to(data: bytes) -> None:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-    return set_to
-
-
-def test_the_answer_goes_to_standard_output_and_nothing_else_does(converted, photo, capfd, stdin, processor, model):
-    messages = [{"role": "user", "content": [{"type": "image", "path": str(photo)}, {"type": "text", "text": "Who?"}]}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    expected = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    data = photo.read_bytes()
-    for image in (photo, f"data:image/jpeg;base64,{base64.b64encode(data).decode()}", "-"):
-        stdin(data)
-        assert ask("--dtype", "float32", image, "Who?", model=converted) == 0
-        assert capfd.readouterr().out.strip() == expected
-
-
-def test_several_pictures_and_an_instruction(converted, photo, capfd):
-    assert ask("--image", photo, photo, "What changed?", model=converted) == 0
-    assert ask("--image", photo, "--image", photo, "What changed?", model=converted) == 0
-    first, second = [line for line in capfd.readouterr().out.split("\n") if line.strip()][:2]
-    assert first == second
-    assert ask("--instruction", "the hat", photo, "Who?", model=converted) == 0
-
-
-def test_several_questions_encode_the_picture_once(capfd, monkeypatch, tmp_path):
-    from emma_hf import EmmaModel
-
-    picture = tmp_path / "scene.png"
-    assert main(["tiny", "draw", str(picture), "--seed", "3"]) == 0
-    asked = ["How many things are there?", "Is there a star?", "What does the picture show?"]
-    expected = []
-    for question in asked:
-        assert main(["ask", str(picture), question]) == 0
-        expected.append(capfd.readouterr().out.strip())
-    encoded = []
-    original = EmmaModel.get_vision_features
-    monkeypatch.setattr(
-        EmmaModel, "get_vision_features", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
-    )
-    assert main(["ask", str(picture), asked[0], "--question", asked[1], "--question", asked[2]]) == 0
-    assert capfd.readouterr().out.split("\n")[:3] == expected
-    assert encoded == [1]
-
-
-def test_a_chat_keeps_its_cache(converted, photo, capfd, stdin, monkeypatch):
-    from emma_hf import EmmaForConditionalGeneration, EmmaModel
-
-    encoded, lengths = [], []
-    original, forward = EmmaModel.get_vision_features, EmmaForConditionalGeneration.forward
-    monkeypatch.setattr(
-        EmmaModel, "get_vision_features", lambda self, pixels: encoded.append(len(pixels)) or original(self, pixels)
-    )
-
-    @functools.wraps(forward)
-    def counting(self, input_ids=None, **kwargs):
-        lengths.append(input_ids.shape[1])
-        return forward(self, input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(EmmaForConditionalGeneration, "forward", counting)
-    stdin(b"Who is it?\nAnd the hat?\n\n")
-    assert main(["chat", "--model", str(converted), "--max-new-tokens", "4", str(photo)]) == 0
-    assert encoded == [1]
-    whole = [length for length in lengths if length > 1]
-    assert len(whole) == 2
-    assert whole[1] < whole[0]
-
-
-def test_conversion_and_back(reference, tmp_path, capfd):
-    source = reference / "original"
-    first, back = tmp_path / "first", tmp_path / "back"
-    assert main(["convert", str(source), str(first), "--clip", str(source / "clip"), "--max-shard-size", "1MB"]) == 0
-    assert main(["convert", "--reverse", str(first), str(back)]) == 0
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert f"wrote {first}" in err
-    assert "weights" in err
-    assert (back / "vision_tower.bin").is_file()
+COMMANDS = ["ask", "chat", "serve", "convert", "export", "push", "train", "tiny"]
 
 
 @pytest.mark.parametrize(
@@ -113,15 +29,33 @@ def test_conversion_and_back(reference, tmp_path, capfd):
         (["ask", "--model", "MODEL", "--max-new-tokens", "0", "PHOTO", "Who?"], "at least 1: got 0"),
         (["ask", "--model", "none/none", "PHOTO", "Who?"], "none/none"),
         (["chat", "--model", "MODEL", "-"], "no picture can come from there: got `-`"),
-        (["convert", "OUTPUT"], "saraghznfri/emma-7b is no folder here and cannot be fetched"),
+        (["convert", "OUTPUT"], "cannot be reached to read saraghznfri/emma-7b"),
         (["convert", "--reverse", "OUTPUT"], "`--reverse` needs a SOURCE"),
         (["convert", "none/none/none", "OUTPUT"], "neither a folder nor a Hub id"),
         (["convert", "MODEL", "OUTPUT", "--reverse", "--clip", "x"], "CLIP is written, not read"),
         (["convert", "MODEL", "MODEL", "--reverse"], "OUTPUT must not exist yet"),
+        (["ask", "--model", "none", "PHOTO", "Who?"], "neither a folder nor a Hub id"),
+        (["ask", "--model", "AUTHORS", "PHOTO", "Who?"], "`emma-hf convert SOURCE OUTPUT`"),
+        (["ask", "--model", "LINK", "PHOTO", "Who?"], "neither a folder nor a Hub id"),
+        (["ask", "--model", "MODEL", "LINK", "Who?"], "There is no picture at"),
+        (["ask", "--model", "MODEL", "PHOTO", " "], "A question must have words: got ' '"),
+        (["ask", "--model", "MODEL", "PHOTO", "Who?", "--question", ""], "A question must have words: got ''"),
+        (["ask", "--model", "MODEL", "PHOTO", "Who \udcff?"], "Text must be encoded as UTF-8"),
+        (["ask", "--model", "MODEL", "--image", "-", "-", "Who?"], "Standard input holds one image"),
+        (["tiny", "draw", "OUTPUT.png", "--side", "100000"], "must be at most 4096 pixels: got 100000"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(converted, photo, tmp_path, capfd, arguments, message):
-    places = {"MODEL": str(converted), "PHOTO": str(photo), "OUTPUT": str(tmp_path / "out")}
+def test_mistakes_are_one_line_and_status_2(converted, reference, photo, tmp_path, capfd, arguments, message):
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    places = {
+        "MODEL": converted,
+        "PHOTO": photo,
+        "OUTPUT": tmp_path / "out",
+        "LINK": link,
+        "AUTHORS": reference / "original",
+    }
+    places = {name: str(path) for name, path in places.items()}
     assert main([places.get(argument, argument) for argument in arguments]) == 2
     out, err = capfd.readouterr()
     assert out == ""
@@ -131,17 +65,152 @@ def test_mistakes_are_one_line_and_status_2(converted, photo, tmp_path, capfd, a
 
 
 def test_a_damaged_checkpoint_is_one_line_and_status_2(converted, photo, tmp_path, capfd):
-    import shutil
-
     folder = shutil.copytree(converted, tmp_path / "copy")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    assert ask(photo, "Who?", model=folder) == 2
+    assert main(["ask", "--model", str(folder), str(photo), "Who?"]) == 2
     assert re.search(r"^emma-hf: .+$", capfd.readouterr().err, re.MULTILINE)
 
 
-def test_help_needs_no_model(capfd):
+def command(*arguments: str, **environment: str) -> subprocess.Popen:
+    """The command in a process of its own, offline."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "emma_hf", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+    )
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """Environment in which neither torch nor Transformers can be imported."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemError('imported')")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("name", ["emma-hf", "-m"])
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "usage: emma-hf [-h]"),
+        (["--version"], 0, "emma-hf "),
+        (["ask", "--help"], 0, "usage: emma-hf ask [OPTION ...] IMAGE QUESTION"),
+        (["serve", "--help"], 0, "--quantization {4bit,8bit}"),
+        (["ask", "--colour", "a", "b"], 2, "usage: emma-hf ask [OPTION ...] IMAGE QUESTION\nemma-hf ask: error: unrecognized arguments: --colour"),
+        (["tiny", "draw", "a.png", "b"], 2, "usage: emma-hf tiny draw "),
+        (["ask", "--dtype", "int", "a", "b"], 2, "emma-hf: `--dtype` must be auto"),
+        (["ask", "--quantization", "2", "a", "b"], 2, "emma-hf: `quantization` must be 4bit or 8bit: got '2'"),
+        (["serve", "--max-megabytes", "0"], 2, "emma-hf: `--max-megabytes`"),
+        (["export", "a"], 2, "emma-hf: `export` takes MODEL FOLDER"),
+        (["paint"], 2, "invalid choice: 'paint'"),
+    ],
+)  # fmt: skip
+def test_help_and_wrong_arguments_need_neither_torch_nor_transformers(
+    without_torch, tmp_path, name, arguments, status, text
+):
+    script = tmp_path / "emma-hf"
+    # What pip installs.
+    script.write_text("import sys\nfrom emma_hf.cli import main\nsys.exit(main())")
+    start = [sys.executable, str(script)] if name == "emma-hf" else [sys.executable, "-m", "emma_hf"]
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env={**os.environ, **without_torch})
+    assert done.returncode == status
+    assert text in (done.stdout if status == 0 else done.stderr)
+    assert (done.stderr if status == 0 else done.stdout) == ""
+
+
+def test_help_names_the_commands_ask_and_chat_first(capfd):
     with pytest.raises(SystemExit) as stopped:
-        main(["ask", "--help"])
+        main(["--help"])
     assert stopped.value.code == 0
-    assert "IMAGE QUESTION" in capfd.readouterr().out
+    assert re.findall(r"^    (\w+) ", capfd.readouterr().out, re.MULTILINE) == COMMANDS
+
+
+def test_train_is_called_by_its_name_and_takes_hyphens(capfd):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capfd.readouterr().out
+    assert out.startswith("usage: emma-hf train [-h]")
+    assert "--train-data" in out
+    required = ["--model", "a", "--train-data", "b", "--output-dir", "c"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *required, "--colour", "red"])
+    assert stopped.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith("usage: emma-hf train [-h]")
+    assert "emma-hf train: error: unrecognized arguments: --colour red" in err
+    assert main(["train", *required, "--load-best-model-at-end", "true"]) == 2
+    assert re.search(r"^emma-hf: `TrainingArguments` refuses this combination", capfd.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_shows_the_traceback(converted, place):
+    arguments = ["ask", "--model", str(converted), "none.jpg", "Who?"]
+    arguments.insert(place, "--debug")
+    with pytest.raises(FileNotFoundError, match="no picture at 'none.jpg'"):
+        main(arguments)
+
+
+def test_an_error_that_is_not_the_users_shows_its_traceback(converted, photo, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr("emma_hf.inference.Chat.answer", fail)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        main(["ask", "--model", str(converted), str(photo), "Who?"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "PHOTO", "Who?"]])
+def test_a_closed_pipe_ends_quietly(photo, arguments):
+    running = command(*(str(photo) if word == "PHOTO" else word for word in arguments))
+    running.stdout.close()
+    errors = running.stderr.read().decode()
+    assert running.wait(timeout=120) == 141
+    assert "Broken" not in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 2.5])
+def test_ctrl_c_ends_quietly(photo, seconds):
+    """While torch and Transformers are imported, mostly."""
+    running = command("ask", str(photo), "Who?")
+    time.sleep(seconds)
+    running.send_signal(signal.SIGINT)
+    err = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert b"Traceback" not in err and b"Interrupt" not in err
+
+
+def test_ctrl_c_while_a_model_answers(converted, photo, capfd, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emma_hf.inference.Chat.answer", interrupt)
+    assert main(["ask", "--model", str(converted), str(photo), "Who?"]) == 130
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_command_knows_the_public_names_when_it_needs_them():
+    code = """
+import sys
+sys.argv[0] = "/usr/bin/emma-hf"
+import emma_hf
+assert "torch" not in sys.modules
+assert not hasattr(emma_hf, "NoSuchClass")
+config = emma_hf.EmmaConfig
+from transformers import AutoConfig
+assert AutoConfig.from_pretrained(emma_hf.EMMA_TINY).__class__ is config
+print("known")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == "known\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["emma-hf.py", "script.py"])
+def test_the_auto_classes_know_emma_in_a_script_of_any_other_name(tmp_path, name):
+    script = tmp_path / name
+    script.write_text(
+        "import emma_hf\nfrom transformers import AutoConfig\nprint(AutoConfig.for_model('emma').model_type)"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == "emma\n", done.stderr

@@ -51,7 +51,7 @@ def _check_ask(args: argparse.Namespace) -> None:
     args.images, args.questions = [*first, *args.image], [decode(text) for text in (question, *args.question)]
     if len(first) > 1 or not args.images:
         raise EmmaError(
-            f"`ask` takes IMAGE QUESTION, and one `--image` for each further image: got {len(args.inputs)} words "
+            f"`ask` takes IMAGE QUESTION, and one `--image` for each further picture: got {len(args.inputs)} words "
             f"and {len(args.image)} `--image`. Quote the question."
         )
     if args.images.count("-") > 1:
@@ -64,7 +64,7 @@ def _check_ask(args: argparse.Namespace) -> None:
 
 def _check_chat(args: argparse.Namespace) -> None:
     if "-" in args.images:
-        raise EmmaError("`chat` reads what you say from standard input, so no image can come from there: got `-`.")
+        raise EmmaError("`chat` reads what you say from standard input, so no picture can come from there: got `-`.")
     _check(args)
 
 
