@@ -63,7 +63,7 @@ def offences(name: str, text: str) -> list[str]:
     wrong = []
     for room, imported in imports_of(name, text):
         if not own:
-            if room not in ("model", "cli", ""):
+            if room not in ("model", "cli", "auto_classes", ""):
                 wrong.append(f"imports {imported} of {room}, which must not be loaded with the package")
         elif not room:
             if imported not in ROOT_NAMES:

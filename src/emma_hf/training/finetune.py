@@ -1,7 +1,7 @@
 """`emma-hf train`: the authors' two stages, LoRA and QLoRA, on one process or many.
 
-    emma-hf train --stage lora --model emma-7b --train_data rows.json --output_dir out
-    accelerate launch -m emma_hf train --stage finetune --model emma-7b --train_data rows.json --output_dir out
+    emma-hf train --stage lora --model emma-7b --train-data rows.json --output-dir out
+    accelerate launch -m emma_hf train --stage finetune --model emma-7b --train-data rows.json --output-dir out
 
 The defaults are the authors' hyper-parameters of the stage. A run that is started again resumes from its last complete
 checkpoint. Every argument of `TrainingArguments` is an option.
