@@ -157,39 +157,19 @@ def keep_nested_names_on_save(model: nn.Module) -> None:
     """
     if not TRANSFORMERS_5:
         return
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    rules = []
+    # As for a model that was not loaded: the language model's own rules, without those that only loading needed.
+    rules = [
+        rule for rule in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(rule, PrefixChange)
+    ]
     prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     for tower, inner in NESTED_TOWERS.items():
         rule = PrefixChange(prefix_to_remove=inner)
         rule.scope_prefix, rule.base_model_prefix = f"{prefix}{tower}", ""
         rules.append(rule)
-    # Under ZeRO-3, 5.23 remembers also the rules that matched nothing, and undoing those would misname weights.
-    loaded = [rule for rule in getattr(model, "_weight_conversions", None) or [] if rule.was_used() and _undone(rule)]
-    model._weight_conversions = rules + [rule for rule in loaded if not isinstance(rule, PrefixChange)]
-
-
-def _undone(rule: Any) -> bool:
-    """Whether a rule of loading has an inverse: reading quantized weights has none, and needs none to write them."""
-    try:
-        rule.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
-
-
-# Transformers 4.57 is told a processor's parts by class attributes; 5 reads them from `__init__`. Goes with 4.57.
-PROCESSOR_CLASS_ATTRIBUTES = (
-    {}
-    if TRANSFORMERS_5
-    else {
-        "attributes": ["image_processor", "tokenizer", "instruction_tokenizer"],
-        "image_processor_class": "AutoImageProcessor",
-        "tokenizer_class": "AutoTokenizer",
-        "instruction_tokenizer_class": "AutoTokenizer",
-    }
-)
+    model._weight_conversions = rules
 
 
 @contextmanager

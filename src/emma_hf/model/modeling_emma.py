@@ -36,7 +36,7 @@ from .fused_alignment import visual_alignment_reference
 from .fusion_emma import check_fusion_implementation, fused_adaptation, should_use_kernels
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
-from .quantization_emma import check_quantizable, keep_exact, with_whole_parts
+from .quantization_emma import add_modules_to_skip, check_quantizable, keep_exact
 
 # Per-image inputs: one row per image, needed only in the prefill step.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
@@ -195,7 +195,7 @@ class EmmaPreTrainedModel(PreTrainedModel):
         mapping = tower_key_mapping()
         if mapping is not None:
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
-        kwargs = with_whole_parts(kwargs)
+        kwargs = add_modules_to_skip(kwargs)
         with loading_errors(args[0] if args else "the checkpoint"):
             loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -269,7 +269,7 @@ class EmmaModel(EmmaPreTrainedModel):
         Raises:
             EmmaError: wrong shape or dtype, or an id outside the instruction encoder's vocabulary.
         """
-        self._check_instruction_ids(instruction_input_ids)
+        check_instruction_ids(self.config, instruction_input_ids)
         encoder = self.instruction_encoder
         weight = core_of(encoder).embeddings.token_embedding.weight
         instruction_input_ids = instruction_input_ids.to(execution_device(weight, instruction_input_ids))
@@ -324,7 +324,7 @@ class EmmaModel(EmmaPreTrainedModel):
             EmmaError: both or neither of `pixel_values` and `vision_features`; images and instructions that differ
                 in number; tensors of a wrong shape or dtype.
         """
-        self._check_image_inputs(pixel_values, instruction_input_ids, vision_features)
+        check_image_inputs(self.config, pixel_values, instruction_input_ids, vision_features)
         tower = BaseModelOutputWithPooling()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -335,6 +335,10 @@ class EmmaModel(EmmaPreTrainedModel):
             vision_features = self._select_vision_tokens(tower.last_hidden_state)
         elif vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
+        else:
+            tokens, width = self.config.image_seq_length, self.config.vision_config.hidden_size
+            check_features("vision_features", vision_features, tokens, width)
+        check_one_instruction_per_image(vision_features, instruction_input_ids)
         instruction_features = self.get_instruction_features(instruction_input_ids)
         fused_features = self.modality_adaptation(vision_features.to(instruction_features.device), instruction_features)
         return BaseModelOutputWithPooling(
@@ -423,26 +427,9 @@ class EmmaModel(EmmaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        given = (pixel_values, instruction_input_ids, vision_features)
-        if all(value is None or value.shape[0] == 0 for value in given):
-            given = (None, None, None)
-        image_outputs = None
-        if image_features is not None:
-            if any(value is not None for value in given):
-                raise EmmaError(
-                    "`image_features` stand in place of `pixel_values`, `vision_features` and "
-                    "`instruction_input_ids`: pass them alone."
-                )
-            self._check_features("image_features", image_features, self.config.text_config.hidden_size)
-            image_outputs = BaseModelOutputWithPooling(pooler_output=image_features)
-        elif any(value is not None for value in given):
-            image_outputs = self.get_image_features(
-                *given,
-                output_hidden_states=kwargs.get("output_hidden_states"),
-                output_attentions=kwargs.get("output_attentions"),
-                return_dict=True,
-            )
-
+        image_outputs = self._resolve_image_features(
+            pixel_values, instruction_input_ids, vision_features, image_features, **kwargs
+        )
         if image_outputs is not None:
             image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             image_outputs.pooler_output = image_features
@@ -466,16 +453,53 @@ class EmmaModel(EmmaPreTrainedModel):
         )
         return EmmaModelOutputWithPast(**language_model_fields(outputs), image_outputs=image_outputs)
 
-    def _dummy_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """No visual tokens (0, N, text width), from a black picture: every weight takes part, none has an influence.
+    def _resolve_image_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        instruction_input_ids: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling | None:
+        """Z in an output's `pooler_output`, from whichever inputs are there; None where the batch has no image.
 
-        The other processes wait for this one wherever a weight is gathered or a gradient is averaged.
+        Inputs of no rows, as collators make them for text alone, count as no image.
+        """
+        inputs = (pixel_values, instruction_input_ids, vision_features)
+        has_images = any(value is not None and value.shape[0] > 0 for value in inputs)
+        if image_features is None:
+            if not has_images:
+                return None
+            return self.get_image_features(
+                *inputs,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                return_dict=True,
+            )
+        if has_images:
+            raise EmmaError(
+                "`image_features` stand in place of `pixel_values`, `vision_features` and "
+                "`instruction_input_ids`: pass them alone."
+            )
+        check_features(
+            "image_features", image_features, self.config.image_seq_length, self.config.text_config.hidden_size
+        )
+        return BaseModelOutputWithPooling(pooler_output=image_features)
+
+    def _dummy_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """No visual tokens, (0, N, text width), computed from a black image.
+
+        Every weight takes part and none has an influence: other processes wait for this one wherever a weight is
+        gathered or a gradient is averaged.
         """
         size = self.config.vision_config.image_size
-        # No weight is looked at: under ZeRO-3 that would gather it, at a point where the other processes do not.
-        picture = inputs_embeds.new_zeros(1, 3, size, size)
+        # Device and dtype are those of the embeddings: reading a weight's would gather it under ZeRO-3, at a point where
+        # the other processes do not.
+        image = inputs_embeds.new_zeros(1, 3, size, size)
         instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=inputs_embeds.device)
-        return self.get_image_features(picture, instruction, return_dict=True).pooler_output[:0]
+        return self.get_image_features(image, instruction, return_dict=True).pooler_output[:0]
 
     def _run_vision_tower(
         self,
@@ -483,7 +507,7 @@ class EmmaModel(EmmaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        self._check_pixel_values(pixel_values)
+        check_pixel_values(self.config, pixel_values)
         tower = self.vision_tower
         weight = core_of(tower).embeddings.patch_embedding.weight
         pixel_values = pixel_values.to(device=execution_device(weight, pixel_values), dtype=weight.dtype)
@@ -493,69 +517,6 @@ class EmmaModel(EmmaPreTrainedModel):
     def _select_vision_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         keep_class = self.config.vision_feature_select_strategy == "full"
         return hidden_states if keep_class else hidden_states[:, 1:]
-
-    def _check_image_inputs(
-        self,
-        pixel_values: torch.Tensor | None,
-        instruction_input_ids: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-    ) -> None:
-        if (pixel_values is None) == (vision_features is None):
-            raise EmmaError(
-                "Pass exactly one of `pixel_values` and `vision_features`: got "
-                f"{'neither' if pixel_values is None else 'both'}."
-            )
-        if instruction_input_ids is None:
-            raise EmmaError(
-                "EMMA reads the instruction into the visual tokens: pass `instruction_input_ids` (images, "
-                f"{self.config.instruction_length}) with the images, as the processor returns them."
-            )
-        if vision_features is None:
-            self._check_pixel_values(pixel_values)
-        else:
-            self._check_features("vision_features", vision_features, self.config.vision_config.hidden_size)
-        images = vision_features if pixel_values is None else pixel_values
-        assert images is not None
-        if images.shape[0] != instruction_input_ids.shape[0]:
-            raise EmmaError(
-                f"Each image has one row of instruction tokens: got {images.shape[0]} images and "
-                f"{instruction_input_ids.shape[0]} rows of `instruction_input_ids`."
-            )
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise EmmaError(
-                f"`pixel_values` must be (images, 3, {size}, {size}): got {tuple(pixel_values.shape)}. "
-                "Prepare the images with the processor."
-            )
-        if not pixel_values.is_floating_point():
-            raise EmmaError(
-                f"`pixel_values` must be floating point, normalised by the processor: got {pixel_values.dtype}."
-            )
-
-    def _check_features(self, name: str, features: torch.Tensor, width: int) -> None:
-        expected = (self.config.image_seq_length, width)
-        if features.ndim != 3 or tuple(features.shape[1:]) != expected or not features.is_floating_point():
-            raise EmmaError(
-                f"`{name}` must be floating point (images, {expected[0]}, {expected[1]}): got {features.dtype} "
-                f"{tuple(features.shape)}."
-            )
-
-    def _check_instruction_ids(self, ids: torch.Tensor) -> None:
-        length, vocab_size = self.config.instruction_length, self.config.instruction_config.vocab_size
-        if ids.ndim != 2 or ids.shape[1] != length or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise EmmaError(
-                f"`instruction_input_ids` must be integers (images, {length}): got {ids.dtype} {tuple(ids.shape)}. "
-                "The processor pads and cuts every instruction to that length."
-            )
-        if not torch.compiler.is_compiling() and ids.numel() and not ids.is_meta:
-            low, high = (int(value) for value in ids.aminmax())
-            if low < 0 or high >= vocab_size:
-                raise EmmaError(
-                    f"`instruction_input_ids` must lie in the instruction encoder's vocabulary, 0 to {vocab_size - 1}: "
-                    f"got ids from {low} to {high}. Use the instruction tokenizer that belongs to this model."
-                )
 
 
 class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
@@ -764,6 +725,77 @@ def unique_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         return ids, None
     unique, indices = torch.unique(ids, dim=0, return_inverse=True)
     return (unique, indices) if len(unique) < len(ids) else (ids, None)
+
+
+# Checks of what the models are given.
+
+
+def check_image_inputs(
+    config: EmmaConfig,
+    pixel_values: torch.Tensor | None,
+    instruction_input_ids: torch.Tensor | None,
+    vision_features: torch.Tensor | None,
+) -> None:
+    """Raise `EmmaError` where inputs are missing, or exclude each other."""
+    if (pixel_values is None) == (vision_features is None):
+        raise EmmaError(
+            "Pass exactly one of `pixel_values` and `vision_features`: got "
+            f"{'neither' if pixel_values is None else 'both'}."
+        )
+    if instruction_input_ids is None:
+        raise EmmaError(
+            "EMMA reads the instruction into the visual tokens: pass `instruction_input_ids` (images, "
+            f"{config.instruction_length}) with the images, as the processor returns them."
+        )
+
+
+def check_one_instruction_per_image(vision_features: torch.Tensor, instruction_input_ids: torch.Tensor) -> None:
+    """Raise `EmmaError` where V (images, N, vision width) and the instruction ids (images, length) differ in rows."""
+    if vision_features.shape[0] != instruction_input_ids.shape[0]:
+        raise EmmaError(
+            f"Each image has one row of instruction tokens: got {vision_features.shape[0]} images and "
+            f"{instruction_input_ids.shape[0]} rows of `instruction_input_ids`."
+        )
+
+
+def check_pixel_values(config: EmmaConfig, pixel_values: torch.Tensor) -> None:
+    """Raise `EmmaError` where `pixel_values` are not floating point (images, 3, height, width) of the tower's size."""
+    size = config.vision_config.image_size
+    if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+        raise EmmaError(
+            f"`pixel_values` must be (images, 3, {size}, {size}): got {tuple(pixel_values.shape)}. "
+            "Prepare the images with the processor."
+        )
+    if not pixel_values.is_floating_point():
+        raise EmmaError(
+            f"`pixel_values` must be floating point, normalised by the processor: got {pixel_values.dtype}."
+        )
+
+
+def check_features(name: str, features: torch.Tensor, tokens: int, width: int) -> None:
+    """Raise `EmmaError` where `features` are not floating point (images, tokens, width)."""
+    if features.ndim != 3 or tuple(features.shape[1:]) != (tokens, width) or not features.is_floating_point():
+        raise EmmaError(
+            f"`{name}` must be floating point (images, {tokens}, {width}): got {features.dtype} "
+            f"{tuple(features.shape)}."
+        )
+
+
+def check_instruction_ids(config: EmmaConfig, ids: torch.Tensor) -> None:
+    """Raise `EmmaError` where `ids` are not (images, instruction_length) ids of the instruction encoder."""
+    length, vocab_size = config.instruction_length, config.instruction_config.vocab_size
+    if ids.ndim != 2 or ids.shape[1] != length or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise EmmaError(
+            f"`instruction_input_ids` must be integers (images, {length}): got {ids.dtype} {tuple(ids.shape)}. "
+            "The processor pads and cuts every instruction to that length."
+        )
+    if not torch.compiler.is_compiling() and ids.numel() and not ids.is_meta:
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise EmmaError(
+                f"`instruction_input_ids` must lie in the instruction encoder's vocabulary, 0 to {vocab_size - 1}: "
+                f"got ids from {low} to {high}. Use the instruction tokenizer that belongs to this model."
+            )
 
 
 # With label smoothing `Trainer` computes the loss itself, of the next token only for classes in this table.

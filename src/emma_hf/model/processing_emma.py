@@ -12,7 +12,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .code_files_emma import AUTO_MAP, copy_code_files
-from .compat_emma import PROCESSOR_CLASS_ATTRIBUTES, chat_template_kwargs, only_primary_attributes
+from .compat_emma import TRANSFORMERS_5, chat_template_kwargs, only_primary_attributes
 from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
@@ -88,6 +88,12 @@ class EmmaProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = EmmaProcessorKwargs
+    if not TRANSFORMERS_5:
+        # 5 reads the parts from `__init__`. Goes with 4.57.
+        attributes = ["image_processor", "tokenizer", "instruction_tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+        instruction_tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
@@ -478,10 +484,6 @@ class EmmaProcessor(ProcessorMixin):
         _make_portable(folder, self.tokenizer)
         _make_portable(second, self.instruction_tokenizer)
         return files
-
-
-for _name, _value in PROCESSOR_CLASS_ATTRIBUTES.items():
-    setattr(EmmaProcessor, _name, _value)
 
 
 def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,8 +15,8 @@ from .loading_emma import loading_errors
 
 # All but the language model's layers keep their dtype. With and without the name of the base model, because
 # Transformers 5 compares from the start of a module's path.
-_WHOLE = ("vision_tower", "instruction_encoder", "modality_adaptation", "multi_modal_projector")
-NOT_QUANTIZED = ("lm_head", *_WHOLE, *(f"model.{name}" for name in _WHOLE))
+_UNQUANTIZED_MODULES = ("vision_tower", "instruction_encoder", "modality_adaptation", "multi_modal_projector")
+NOT_QUANTIZED = ("lm_head", *_UNQUANTIZED_MODULES, *(f"model.{name}" for name in _UNQUANTIZED_MODULES))
 
 # How the quantizers of Transformers call their lists of what to leave alone.
 _SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -47,7 +47,7 @@ def bitsandbytes_config(bits: str) -> BitsAndBytesConfig:
         )
 
 
-def with_whole_parts(kwargs: dict[str, Any]) -> dict[str, Any]:
+def add_modules_to_skip(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `from_pretrained` whose quantization leaves all but the language model's layers alone.
 
     Args:
@@ -103,10 +103,12 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
 
 
 def keep_exact(model: nn.Module) -> None:
-    """Let 4-bit layers that run on a CPU show the weights that were loaded to everyone who looks at them.
+    """Make the weights of 4-bit layers that run on a CPU read as they were loaded, wherever they are read.
 
-    With AVX-512 BF16 bitsandbytes 0.50 arranges the weights anew when they first run, twelve times faster to read. It
-    rounds their statistics and cannot undo that: what is saved, dequantized, merged or trained then is another model.
+    With AVX-512 BF16 bitsandbytes 0.50 rearranges the weights when they first run, which a single token reads up to a
+    hundred times faster. It rounds their statistics and cannot undo that: what is saved, dequantized, merged or trained
+    then is another model. A class with a `weight` property, because PEFT merges without calling anything of the model,
+    so that no call of ours could undo the rearrangement in time.
     """
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -157,4 +159,4 @@ def _exact_linear() -> type | None:
     return ExactLinear4bit
 
 
-__all__ = ["NOT_QUANTIZED", "bitsandbytes_config", "check_quantizable", "keep_exact", "with_whole_parts"]
+__all__ = ["NOT_QUANTIZED", "add_modules_to_skip", "bitsandbytes_config", "check_quantizable", "keep_exact"]
