@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from transformers import AutoTokenizer, CLIPTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..model.errors_emma import EmmaError
@@ -64,10 +65,8 @@ def _read_merges(path: Path) -> list[str]:
 
 
 def _from_merges(merges: list[str]) -> PreTrainedTokenizerBase:
-    from ..model.instruction_emma import byte_letters
-
     # In the order of OpenAI's `tokenizer.py`: printable bytes first, then those with a letter of their own.
-    letters = sorted(byte_letters(), key=lambda letter: (ord(letter) > 255, ord(letter)))
+    letters = sorted(bytes_to_unicode().values(), key=lambda letter: (ord(letter) > 255, ord(letter)))
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split(" ")) for merge in merges)]
     vocabulary = {word: index for index, word in enumerate([*words, START, END])}
     with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,8 @@ import binascii
 import difflib
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,14 @@ from .errors_emma import EmmaError
 logger = logging.getLogger(__name__)
 
 # Keywords of other image processors that say nothing about the pixels here.
-WITHOUT_EFFECT = {"device", "disable_grouping", "default_to_square", "image_seq_length", "input_data_format"}
+IGNORED_KEYWORDS = {"device", "disable_grouping", "default_to_square", "image_seq_length", "input_data_format"}
 
 # Rows are widened to the square in strips of about this many pixels: a tall picture never needs the whole square.
 STRIP_PIXELS = 1 << 22
 
 
 class EmmaImageProcessor(BaseImageProcessor):
-    """Pad to a square with the mean colour, resize, crop and normalise, as the authors' `process_images` does.
+    """Pad to a square with the mean color, resize, crop and normalise, as the authors' `process_images` does.
 
     A picture may be a PIL image (taken as it is), a path, a URL, a data URL or bytes (turned upright by their EXIF
     tag, as Transformers' `load_image` does), an array or a tensor.
@@ -50,7 +52,7 @@ class EmmaImageProcessor(BaseImageProcessor):
         do_rescale: multiply by `rescale_factor`.
         rescale_factor: 1/255.
         do_normalize: subtract `image_mean` and divide by `image_std`, per channel.
-        image_mean: also the colour of the padding, times 255.
+        image_mean: also the color of the padding, times 255.
         image_std: see `do_normalize`.
         do_convert_rgb: kept for the common interface; pixels are always RGB.
     """
@@ -121,7 +123,7 @@ class EmmaImageProcessor(BaseImageProcessor):
             raise EmmaError("`images` must hold at least one picture: got an empty list.")
         pixels = []
         for index, image in enumerate(flat):
-            with _naming(index, len(flat)):
+            with _image_number_in_errors(index, len(flat)):
                 pixels.append(_pixels(_to_rgb(image, input_data_format), settings))
         if _channels_last(data_format):
             pixels = [array.transpose(1, 2, 0) for array in pixels]
@@ -160,7 +162,7 @@ class EmmaImageProcessor(BaseImageProcessor):
             if name in vars(self):
                 if value is not None:
                     known[name] = value
-            elif name not in WITHOUT_EFFECT:
+            elif name not in IGNORED_KEYWORDS:
                 nearest = difflib.get_close_matches(name, vars(self), n=1)
                 hint = f"; did you mean `{nearest[0]}`?" if nearest else "."
                 logger.warning("EmmaImageProcessor has no keyword `%s`, which has no effect%s", name, hint)
@@ -175,16 +177,16 @@ class EmmaImageProcessor(BaseImageProcessor):
 
 def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     """One RGB picture to float32 (3, height, width)."""
-    colour = tuple(int(value * 255) for value in settings["image_mean"])
+    color = tuple(int(value * 255) for value in settings["image_mean"])
     if settings["do_resize"]:
         resample, size = settings["resample"], settings["size"]
         if settings["do_pad"] and image.width != image.height:
             edge = size.get("shortest_edge")
-            image = _pad_and_resize(image, (size.get("width", edge), size.get("height", edge)), resample, colour)
+            image = _pad_and_resize(image, (size.get("width", edge), size.get("height", edge)), resample, color)
         else:
             image = image.resize(_resized(image.size, size), resample)
     elif settings["do_pad"]:
-        image = _pad(image, colour)
+        image = _pad(image, color)
     if settings["do_center_crop"]:
         image = _center_crop(image, settings["crop_size"])
     array = np.asarray(image)
@@ -197,7 +199,7 @@ def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     return pixels
 
 
-def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, colour: tuple[int, ...]) -> Image.Image:
+def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, color: tuple[int, ...]) -> Image.Image:
     """`image` padded to a square around its centre, then resized to `size`, without making the square.
 
     Pillow resizes rows first and columns second, with 8 bits in between. Doing the two steps apart gives the same
@@ -205,9 +207,9 @@ def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, co
     """
     side, (width, height) = max(image.size), size
     if image.width < image.height and side * side <= STRIP_PIXELS:
-        return _pad(image, colour).resize(size, resample)
+        return _pad(image, color).resize(size, resample)
     _check_pixels(width * side, image.size)
-    narrow = Image.new("RGB", (width, side), colour)
+    narrow = Image.new("RGB", (width, side), color)
     if image.width > image.height:
         top = (side - image.height) // 2
         narrow.paste(image.resize((width, image.height), resample), (0, top))
@@ -216,16 +218,16 @@ def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, co
         rows = max(STRIP_PIXELS // side, 1)
         for top in range(0, side, rows):
             bottom = min(top + rows, side)
-            strip = Image.new("RGB", (side, bottom - top), colour)
+            strip = Image.new("RGB", (side, bottom - top), color)
             strip.paste(image.crop((0, top, image.width, bottom)), (left, 0))
             narrow.paste(strip.resize((width, bottom - top), resample), (0, top))
     return narrow.resize((width, height), resample)
 
 
-def _pad(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def _pad(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
     side = max(image.size)
     _check_pixels(side * side, image.size)
-    square = Image.new("RGB", (side, side), colour)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
@@ -388,18 +390,15 @@ def _path_or_buffer(image: str | os.PathLike) -> Path | BytesIO:
     raise FileNotFoundError(f"There is no picture at {text[:200]!r}. Check the path, or give a URL or a data URL.")
 
 
-class _naming:
-    """Add to an error which of several pictures it is about."""
-
-    def __init__(self, index: int, count: int) -> None:
-        self.index, self.count = index, count
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, (ValueError, FileNotFoundError)) and self.count > 1:
-            raise type(error)(f"Picture {self.index} of {self.count}: {error}") from error
+@contextmanager
+def _image_number_in_errors(index: int, count: int) -> Iterator[None]:
+    """Add to an error which of several images it is about."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if count == 1:
+            raise
+        raise type(error)(f"Picture {index} of {count}: {error}") from error
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from html.entities import html5
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .errors_emma import EmmaError
@@ -29,6 +30,9 @@ PLACEHOLDER_ESCAPE = "\U000f0002"
 
 # Transformers 5 puts typed control tokens between these two (`sanitize_control_tokens`).
 _MARKED = re.compile("\U000f0000(.)(.*?)\U000f0001", re.DOTALL)
+
+# The letter that stands for each byte in a byte-level vocabulary.
+_BYTE_LETTERS = bytes_to_unicode()
 
 _USER = re.compile(r"(?<!\w)USER:")
 # Also behind a letter: a missing space must not let an answer through.
@@ -162,7 +166,11 @@ def instructions_from_messages(
     Raises:
         EmmaError: an unknown `instruction_turn`, or a message without role or content.
     """
-    turns = [_count_and_words(message, image_token) for message in messages if _role(message) == "user"]
+    turns = [
+        _count_and_instruction(message["content"], image_token)
+        for message in (normalize_message(message, image_token) for message in messages)
+        if message["role"] == "user"
+    ]
     if _is_last(instruction_turn):
         return [turns[-1][1]] * sum(count for count, _ in turns) if turns else []
     instructions = []
@@ -171,6 +179,44 @@ def instructions_from_messages(
             words = turns[index + 1][1]
         instructions += [words] * count
     return instructions
+
+
+def normalize_message(message: dict[str, Any], image_token: str = "<image>") -> dict[str, Any]:
+    """A chat message whose content is a list of parts, in which `image_token` in a text stands for an image.
+
+    A user's content that is one string is a bare prompt, whose placeholders are images. Any other `image_token` in a
+    text is text, and is escaped. A part of type `image_url` becomes one of type `image`. Content that is None (of an
+    assistant that calls a tool) stays.
+
+    Raises:
+        EmmaError: a message without role, or a user's without content.
+    """
+    if "role" not in message:
+        raise EmmaError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
+    content, is_user = message.get("content"), message["role"] == "user"
+    if isinstance(content, str):
+        text = content if is_user else escape_placeholders(content, image_token)
+        return {**message, "content": [{"type": "text", "text": text}]}
+    if not isinstance(content, (list, tuple)):
+        if not is_user:
+            return message
+        raise EmmaError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
+    parts = []
+    for part in content:
+        if part.get("type") == "text":
+            part = {**part, "text": escape_placeholders(part["text"], image_token)}
+        elif part.get("type") == "image_url":
+            url = part["image_url"]
+            part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _count_and_instruction(parts: list[dict[str, Any]], image_token: str) -> tuple[int, str]:
+    """Number of images in the parts of a normalized user message, and their instruction."""
+    text = "".join(part["text"] for part in parts if part.get("type") == "text")
+    images = sum(part.get("type") == "image" for part in parts) + text.count(image_token)
+    return images, instruction_from_turn(text, image_token)
 
 
 def training_instruction(
@@ -244,25 +290,9 @@ def _is_last(instruction_turn: str) -> bool:
     return instruction_turn == "last"
 
 
-def _role(message: dict[str, Any]) -> str:
-    if "role" not in message:
-        raise EmmaError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
-    return message["role"]
-
-
-def _count_and_words(message: dict[str, Any], image_token: str) -> tuple[int, str]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content.count(image_token), instruction_from_turn(content, image_token)
-    if not isinstance(content, (list, tuple)):
-        raise EmmaError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
-    images = sum(part.get("type") in ("image", "image_url") for part in content)
-    return images, _first_line("".join(part["text"] for part in content if part.get("type") == "text"))
-
-
 def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     # The merges alone: the tokenizer's own pipeline would normalise the text once more, which open_clip does not.
-    letters = "".join(byte_letters()[byte] for byte in word.encode("utf-8", errors="replace"))
+    letters = "".join(_BYTE_LETTERS[byte] for byte in word.encode("utf-8", errors="replace"))
     if tokenizer.is_fast:
         return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]
     return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split(" "))
@@ -274,17 +304,6 @@ def _word_pattern() -> Any:
     return regex.compile(
         r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
     )
-
-
-@lru_cache(maxsize=1)
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself where printable, else from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, spare = [], 256
-    for byte in range(256):
-        letters.append(chr(byte if byte in printable else spare))
-        spare += byte not in printable
-    return letters
 
 
 def _fix_without_ftfy(text: str) -> str:

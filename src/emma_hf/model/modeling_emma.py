@@ -495,8 +495,8 @@ class EmmaModel(EmmaPreTrainedModel):
         gathered or a gradient is averaged.
         """
         size = self.config.vision_config.image_size
-        # Device and dtype are those of the embeddings: reading a weight's would gather it under ZeRO-3, at a point where
-        # the other processes do not.
+        # Device and dtype are those of the embeddings: reading a weight's would gather it under ZeRO-3, where the other
+        # processes do not.
         image = inputs_embeds.new_zeros(1, 3, size, size)
         instruction = torch.zeros(1, self.config.instruction_length, dtype=torch.long, device=inputs_embeds.device)
         return self.get_image_features(image, instruction, return_dict=True).pooler_output[:0]

@@ -18,9 +18,9 @@ from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
     PLACEHOLDER_ESCAPE,
     encode_instruction,
-    escape_placeholders,
     instructions_from_messages,
     instructions_from_prompt,
+    normalize_message,
     unmark_control_tokens,
 )
 
@@ -139,7 +139,7 @@ class EmmaProcessor(ProcessorMixin):
         # A text that Llama's tokenizer reads on its own begins with one more space than is written. Some versions
         # leave that space out where the text begins with one of its own: those get it from us.
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a")]
-        self._swallows_space = ids[0] == ids[1]
+        self._drops_leading_space = ids[0] == ids[1]
 
     def __call__(
         self,
@@ -191,7 +191,7 @@ class EmmaProcessor(ProcessorMixin):
             images = [image for row in _rows_of(images) for image in row]
             counts = [len(images)]
 
-        rows = self._instructions_of(instructions, prompts, counts)
+        rows = self._resolve_instructions(instructions, prompts, counts)
         if images:
             data["pixel_values"] = self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
         if rows and (images or instructions is not None):
@@ -213,7 +213,7 @@ class EmmaProcessor(ProcessorMixin):
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         conversations = [
-            [_normalised(message, self.image_token) for message in messages]
+            [normalize_message(message, self.image_token) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
         if kwargs.get("tokenize"):
@@ -289,7 +289,7 @@ class EmmaProcessor(ProcessorMixin):
                 )
         return [image for row in rows for image in row]
 
-    def _instructions_of(self, instructions: Any, prompts: list[str] | None, counts: list[int]) -> list[str]:
+    def _resolve_instructions(self, instructions: Any, prompts: list[str] | None, counts: list[int]) -> list[str]:
         """One instruction per picture, in the pictures' order."""
         if instructions is None:
             if prompts is None:
@@ -298,7 +298,7 @@ class EmmaProcessor(ProcessorMixin):
                 instruction
                 for prompt in prompts
                 for instruction in instructions_from_prompt(
-                    prompt[self._written_bos(prompt) :],
+                    prompt[self._bos_length(prompt) :],
                     self.image_token,
                     self.instruction_turn,
                     self.tokenizer.eos_token,
@@ -387,7 +387,7 @@ class EmmaProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        position = start = self._written_bos(prompt)
+        position = start = self._bos_length(prompt)
         for index, piece in enumerate(prompt[start:].split(self.image_token)):
             if index:
                 end = position + len(self.image_token)
@@ -405,7 +405,7 @@ class EmmaProcessor(ProcessorMixin):
         spans = [(0, start)] * len(before) + spans + [(position, position)] * len(after)
         return ids, spans
 
-    def _written_bos(self, prompt: str) -> int:
+    def _bos_length(self, prompt: str) -> int:
         """Length of the begin-of-sequence token that a rendered chat begins with; the text starts behind it."""
         bos = self.tokenizer.bos_token
         return len(bos) if bos and prompt.startswith(bos) else 0
@@ -421,7 +421,7 @@ class EmmaProcessor(ProcessorMixin):
                 )
             ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
             return ids, [(0, len(piece))] * len(ids)
-        extra = int(self._swallows_space and piece.startswith(" "))
+        extra = int(self._drops_leading_space and piece.startswith(" "))
         encoded = self.tokenizer(" " * extra + piece, add_special_tokens=False, return_offsets_mapping=True)
         spans = [(max(start - extra, 0), max(end - extra, 0)) for start, end in encoded["offset_mapping"]]
         kept = [
@@ -505,28 +505,6 @@ def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     config.pop("auto_map", None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _normalised(message: dict[str, Any], image_token: str) -> dict[str, Any]:
-    """A message whose content is a list, and whose text parts hold no placeholder that is not a picture.
-
-    A user's content given as one string is a bare prompt: a placeholder in it is one.
-    """
-    content = message.get("content")
-    if content is None:
-        return message
-    if isinstance(content, str):
-        text = content if message["role"] == "user" else escape_placeholders(content, image_token)
-        return {**message, "content": [{"type": "text", "text": text}]}
-    parts = []
-    for part in content:
-        if part.get("type") == "text":
-            part = {**part, "text": escape_placeholders(part["text"], image_token)}
-        elif part.get("type") == "image_url":
-            url = part["image_url"]
-            part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
-        parts.append(part)
-    return {**message, "content": parts}
 
 
 def _is_nested(images: Any) -> bool:
