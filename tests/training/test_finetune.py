@@ -143,3 +143,9 @@ def test_the_help_names_the_arguments(capsys):
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "--stage" in text and "--gradient_accumulation_steps" in text
+
+
+def test_an_empty_file_of_rows_is_told_before_training(train, capsys, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+    assert train("finetune", "--train_data", str(tmp_path / "none.jsonl")) == 2
+    assert "`--train_data` must hold at least one row: " in capsys.readouterr().err.splitlines()[-1]

@@ -197,6 +197,30 @@ def test_batches_have_one_modality_and_every_row_comes_once(pictures, texts):
     assert len(lengths) < 4 or list(sampler) != order
 
 
+def test_batches_are_shuffled():
+    lengths = np.array([*range(1, 65), *range(-64, 0)])
+    batches = lengths[np.reshape(list(ModalityLengthSampler(lengths, batch_size=8)), (-1, 8))]
+    modalities = np.sign(batches[:, 0])
+    assert (modalities[:8] != modalities[0]).any()
+    with_images = np.abs(batches).mean(1)[modalities > 0]
+    assert (np.diff(with_images) > 0).any() and (np.diff(with_images) < 0).any()
+
+
+def test_sample_answers_of_a_row_with_an_image_in_a_later_turn(trainable, processor, reference, tmp_path):
+    turns = ["Hello", "Hi.", "<image>\nWho?", "An officer."]
+    conversation = [{"from": "gpt" if index % 2 else "human", "value": text} for index, text in enumerate(turns)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"image": "photo.jpg", "conversations": conversation}]))
+    rows = ConversationDataset(path, processor, reference / "images")
+    model = EmmaForConditionalGeneration.from_pretrained(trainable)
+    trainer = EmmaTrainer(
+        model=model, args=arguments(tmp_path), eval_dataset=rows, data_collator=DataCollator(processor),
+        callbacks=[SampleAnswersCallback(rows, processor, max_new_tokens=2)],
+    )  # fmt: skip
+    trainer.evaluate()
+    assert json.loads((tmp_path / "sample_answers.jsonl").read_text())["expected"] == "Hi."
+
+
 def test_batches_have_similar_lengths():
     lengths = np.random.default_rng(0).integers(1, 1000, 4000)
     order = list(ModalityLengthSampler(lengths, batch_size=16))
@@ -261,5 +285,9 @@ def test_the_loss_is_drawn(tmp_path):
     # Both curves are there, in matplotlib's first two colours.
     for colour in ((31, 119, 180), (255, 127, 14)):
         assert (np.abs(picture - colour).sum(-1) < 10).sum() > 100
+    plot_loss(history, tmp_path / "loss.svg", unit="bits per token", title="Stage 1")
+    text = (tmp_path / "loss.svg").read_text()
+    # matplotlib writes each text beside its outlines.
+    assert all(f"<!-- {words} -->" in text for words in ("Stage 1", "optimizer step", "loss (bits per token)"))
     with pytest.raises(ValueError, match="There is no loss to draw"):
         plot_loss([{"step": 1, "train_runtime": 2.0}], tmp_path / "none.png")

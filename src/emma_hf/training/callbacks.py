@@ -16,6 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 class SkippedRowsCallback(TrainerCallback):
+    """Log at the end of training which rows a dataset with `on_error="skip"` left out."""
+
     def __init__(self, trainer: Trainer) -> None:
         self.datasets = [trainer.train_dataset, trainer.eval_dataset]
 
@@ -27,15 +29,15 @@ class SkippedRowsCallback(TrainerCallback):
 
 
 class SampleAnswersCallback(TrainerCallback):
-    """At each evaluation, answer a few rows: what the numbers mean, in words.
+    """Answer the first rows of a dataset at each evaluation.
 
-    The answers stand in the log, and with what was expected in `sample_answers.jsonl` in the output folder.
+    The answers are logged, and appended with the expected ones to `sample_answers.jsonl` in the output folder.
 
     Args:
-        dataset: rows to answer, a [`~emma_hf.data.ConversationDataset`] or [`~emma_hf.data.ChatDataset`].
-        processor: reads the answers.
-        rows: how many, the first of the dataset.
-        max_new_tokens: longest answer, in tokens.
+        dataset: a [`~emma_hf.data.ConversationDataset`] or [`~emma_hf.data.ChatDataset`].
+        processor: its tokenizer decodes the answers.
+        rows: number of rows to answer.
+        max_new_tokens: maximum length of an answer, in tokens.
     """
 
     def __init__(self, dataset: Any, processor: EmmaProcessor, rows: int = 3, max_new_tokens: int = 64) -> None:
@@ -66,12 +68,15 @@ class SampleAnswersCallback(TrainerCallback):
     @torch.no_grad()
     def _answer(self, model: Any, row: int) -> dict[str, str]:
         item = self.dataset[row]
-        learned = item["labels"] != IGNORE_INDEX
-        first = int(learned.nonzero()[0])
-        # The first answer alone: in a longer row the next user turn follows it.
-        length = int((~learned[first:]).nonzero()[0]) if not learned[first:].all() else len(learned) - first
-        prompt = {name: value for name, value in item.items() if name not in ("input_ids", "labels")}
-        batch = self.collate([{**prompt, "input_ids": item["input_ids"][:first], "labels": item["labels"][:first]}])
+        has_label = item["labels"] != IGNORE_INDEX
+        first = int(has_label.nonzero()[0])
+        # The first answer only, with the images before it: in a longer row the next user turn follows.
+        length = int((~has_label[first:]).nonzero()[0]) if not has_label[first:].all() else len(has_label) - first
+        prompt = {"input_ids": item["input_ids"][:first], "labels": item["labels"][:first]}
+        placeholders = int((prompt["input_ids"] == self.processor.image_token_id).sum())
+        if images := placeholders // self.processor.image_seq_length:
+            prompt |= {name: item[name][:images] for name in item if name not in prompt}
+        batch = self.collate([prompt])
         del batch["labels"]
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         batch = {

@@ -1,4 +1,4 @@
-"""Runs that are killed go on from their last complete checkpoint."""
+"""Which checkpoints are complete: runs that were killed resume from the last one."""
 
 import json
 import zipfile
@@ -12,45 +12,45 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# `Trainer` writes it last of all.
+# The last file that `Trainer` writes into a checkpoint.
 TRAINER_STATE = "trainer_state.json"
 
 
 class IncompleteCheckpointCallback(TrainerCallback, ExportableState):
-    """Lets `Trainer` resume from the last checkpoint that was written to its end.
+    """Let `Trainer` resume from the last complete checkpoint.
 
-    `Trainer` writes a checkpoint in place and resumes from the highest number, complete or not. When a trainer is made
-    with this callback, checkpoints in its output folder that a killed run left half-written are renamed to
-    `incomplete-checkpoint-…`, which `Trainer` does not look at; `trainer.train(resume_from_checkpoint=True)` then takes
-    the last complete one. A script that names the checkpoint itself asks [`last_complete_checkpoint`].
+    `Trainer` writes a checkpoint in place and resumes from the one of the highest step, complete or not. A trainer
+    with this callback renames incomplete checkpoints in its output folder to `incomplete-checkpoint-…` when it is
+    created, so that `trainer.train(resume_from_checkpoint=True)` finds the last complete one. A script that names the
+    checkpoint itself calls [`last_complete_checkpoint`].
     """
 
     def __init__(self) -> None:
         self.processes = 1
 
     def state(self) -> dict[str, Any]:
-        """What `Trainer` keeps in the checkpoint: of how many processes it should hold the random states."""
+        """What `Trainer` saves in a checkpoint: the number of processes whose random states it must hold."""
         return {"args": {}, "attributes": {"processes": self.processes}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with args.main_process_first(local=args.save_on_each_node, desc="looking for incomplete checkpoints"):
             if args.should_save:
                 for folder, reason in incomplete_checkpoints(args.output_dir):
-                    _set_aside(folder, reason)
+                    _rename_incomplete(folder, reason)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Not earlier: on resuming, `Trainer` makes this callback anew from the checkpoint's record.
+        # Not earlier: a resumed `Trainer` creates this callback again from the state in the checkpoint.
         self.processes = args.world_size
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint of the highest step in `output_dir` that was written to its end, or None."""
+    """Path of the complete checkpoint of the highest step in `output_dir`, or None."""
     complete = [folder for folder in _checkpoints(output_dir) if why_incomplete(folder) is None]
     return str(complete[-1]) if complete else None
 
 
 def incomplete_checkpoints(output_dir: str | Path) -> list[tuple[Path, str]]:
-    """Checkpoints in `output_dir` that cannot be resumed from, each with what is wrong."""
+    """Checkpoints in `output_dir` that cannot be resumed from, each with the reason."""
     reasons = [(folder, why_incomplete(folder)) for folder in _checkpoints(output_dir)]
     return [(folder, reason) for folder, reason in reasons if reason is not None]
 
@@ -62,15 +62,15 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """What a checkpoint lacks, or None where it is complete."""
-    # Its last file being there says that the others were written; a machine that went down may still have lost parts.
+    """Why a checkpoint is incomplete, or None."""
+    # Its last file shows that the others were written; after a power failure they may still be truncated.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_readable(path)]
     if broken:
         return f"{broken[0].relative_to(folder)} is missing or cut off"
-    kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
-    processes = kept.get(IncompleteCheckpointCallback.__name__, {}).get("attributes", {}).get("processes", 1)
-    # Other processes may still have been writing when the first one was done.
+    callbacks = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
+    processes = callbacks.get(IncompleteCheckpointCallback.__name__, {}).get("attributes", {}).get("processes", 1)
+    # Other processes may still have been writing when the first one had finished.
     states = len(list(folder.glob("rng_state_*.pth")))
     if processes > 1 and states < processes:
         return f"it holds the random states of {states} of {processes} processes"
@@ -92,7 +92,7 @@ def _is_readable(path: Path) -> bool:
         return False
 
 
-def _set_aside(folder: Path, reason: str) -> None:
+def _rename_incomplete(folder: Path, reason: str) -> None:
     target = folder.with_name(f"incomplete-{folder.name}")
     number = 1
     while target.exists():

@@ -30,26 +30,28 @@ from .trainer import EmmaTrainer
 
 @dataclass
 class ScriptArguments:
-    """What is trained on what."""
+    """The model, the rows and the stage."""
 
     model: str = field(metadata={"help": "folder or Hub id of a converted model"})
     train_data: str = field(metadata={"help": "JSON or JSONL in LLaVA's format"})
     stage: str = field(default="finetune", metadata={"help": ", ".join(STAGES)})
     eval_data: str | None = field(default=None, metadata={"help": "rows to evaluate on; default: none"})
-    image_folder: str | None = field(default=None, metadata={"help": "of the pictures; default: beside the rows"})
+    image_folder: str | None = field(default=None, metadata={"help": "folder of the images; default: that of the rows"})
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "a row that cannot be used: raise, or skip and report"}
     )
     group_by_modality: bool = field(default=True, metadata={"help": "batches of one modality and similar lengths"})
-    global_batch_size: int | None = field(default=None, metadata={"help": "rows in a step; default: the authors'"})
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "rows in a step, over all processes; default: the authors'"}
+    )
     projector_learning_rate: float | None = field(default=None, metadata={"help": "default: the authors'"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "of the weights; `--bf16` computes in bfloat16 besides"}
+        default="float32", metadata={"help": "of the weights; `--bf16` also computes in bfloat16"}
     )
     lora_r: int = field(default=128, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter, times its rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "share of the adapter's inputs dropped"})
-    sample_answers: int = field(default=3, metadata={"help": "rows answered at each evaluation"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout probability of the adapter's inputs"})
+    sample_answers: int = field(default=3, metadata={"help": "number of rows to answer at each evaluation"})
 
 
 def main(arguments: list[str]) -> None:
@@ -62,6 +64,8 @@ def main(arguments: list[str]) -> None:
     rows = {"processor": processor, "image_folder": script.image_folder, "template": template}
     train_data = ConversationDataset(script.train_data, on_error=script.on_error, **rows)
     eval_data = ConversationDataset(script.eval_data, on_error=script.on_error, **rows) if script.eval_data else None
+    if not len(train_data):
+        raise EmmaError(f"`--train_data` must hold at least one row: {script.train_data} holds none.")
 
     trainer = EmmaTrainer(
         model=prepare(load(script), script.stage, script.lora_r, script.lora_alpha, script.lora_dropout),
@@ -93,7 +97,11 @@ def main(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
-    """Arguments, with what the stage's authors used where nothing is given."""
+    """Parse the arguments; the defaults are the authors' for the stage.
+
+    Raises:
+        EmmaError: an unknown stage, or a global batch that the processes cannot share evenly.
+    """
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), prog="emma-hf train")
     parser.set_defaults(gradient_accumulation_steps=None)
     given, unknown = parser.parse_known_args(arguments)
@@ -110,7 +118,7 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         save_total_limit=2,
         report_to=["none"],
         dataloader_pin_memory=torch.cuda.is_available(),
-        # Logits of every token over the whole vocabulary are not for keeping.
+        # The logits of every token over the whole vocabulary would fill the memory.
         prediction_loss_only=True,
     )
     try:
@@ -120,10 +128,10 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
 
 
 def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
-    """So many that a step sees the global batch, whatever the number of processes."""
+    """Number of accumulated steps with which all processes together see the global batch."""
     if given.gradient_accumulation_steps is not None:
         return given.gradient_accumulation_steps
-    # `TrainingArguments` would know, but DeepSpeed copies the accumulation from them when they are made.
+    # `TrainingArguments` knows both, but DeepSpeed copies the accumulation from it at construction.
     devices = 1 if given.use_cpu else max(1, torch.cuda.device_count())
     processes = int(os.environ.get("WORLD_SIZE", devices))
     rows = given.per_device_train_batch_size * processes
@@ -138,7 +146,7 @@ def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
 
 
 def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
-    """The model, in 4 bits for QLoRA."""
+    """Load the model, in 4 bits for QLoRA."""
     options = {}
     if script.stage == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(

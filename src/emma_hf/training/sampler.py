@@ -9,15 +9,15 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Rows in an order whose batches have one modality and similar lengths, as the authors train.
+    """Order of rows whose batches have one modality and similar lengths, as the authors train.
 
-    Rows with and without pictures are grouped by length apart, cut into batches, and the batches shuffled. What fills
-    no batch comes last, mixed.
+    Rows with and rows without images are grouped by length separately and cut into batches, and the batches are
+    shuffled. The rows left over come last, in mixed batches.
 
     Args:
-        lengths: one per row, negative where it has no picture, as `modality_lengths()` of a dataset gives them.
-        batch_size: rows in a step, over all processes and accumulated steps.
-        seed: with the epoch it decides the order, in every process the same.
+        lengths: length of each row, (rows,), negative for a row without images: `modality_lengths()` of a dataset.
+        batch_size: number of rows in a step, over all processes and accumulated steps.
+        seed: determines the order together with the epoch, so that all processes agree.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int = 0) -> None:
@@ -27,7 +27,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """`Trainer` calls this before each epoch; a resumed run gets the order it would have had."""
+        """Choose the order of an epoch. `Trainer` calls this before each one, also of a resumed run."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -36,14 +36,14 @@ class ModalityLengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         batches: list[np.ndarray] = []
-        rest: list[np.ndarray] = []
+        remainder: list[np.ndarray] = []
         for rows in (np.flatnonzero(self.lengths > 0), np.flatnonzero(self.lengths <= 0)):
             if len(rows):
                 lengths = np.abs(self.lengths[rows]).tolist()
                 rows = rows[get_length_grouped_indices(lengths, self.batch_size, generator=generator)]
-                whole = len(rows) // self.batch_size * self.batch_size
-                batches.extend(rows[:whole].reshape(-1, self.batch_size))
-                rest.append(rows[whole:])
+                full = len(rows) // self.batch_size * self.batch_size
+                batches.extend(rows[:full].reshape(-1, self.batch_size))
+                remainder.append(rows[full:])
         order = torch.randperm(len(batches), generator=generator).tolist()
-        for rows in [*(batches[index] for index in order), *rest]:
+        for rows in [*(batches[index] for index in order), *remainder]:
             yield from rows.tolist()

@@ -15,7 +15,7 @@ from ..model.modeling_emma import EmmaForConditionalGeneration, EmmaPreTrainedMo
 # The linear layers of the language model and nothing else: `q_proj` alone would also match both CLIP towers.
 LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\..*_proj"
 
-# What both stages train beside the language model, and a LoRA checkpoint keeps whole.
+# Modules that every stage trains; a LoRA checkpoint holds all their weights.
 FUSION_MODULES = ("modality_adaptation", "multi_modal_projector")
 
 
@@ -24,10 +24,10 @@ class Stage:
     """The authors' hyper-parameters of a stage, for their global batch.
 
     Args:
-        learning_rate: of the language model or its adapter; in `pretrain` of all that is trained.
-        projector_learning_rate: of projector and modality adaptation.
-        batch_size: rows in a step, over all processes and accumulated steps.
-        template: of [`~emma_hf.data.ConversationDataset`].
+        learning_rate: learning rate of the language model or its adapter.
+        projector_learning_rate: learning rate of projector and modality adaptation.
+        batch_size: number of rows in a step, over all processes and accumulated steps.
+        template: `template` of [`~emma_hf.data.ConversationDataset`].
     """
 
     learning_rate: float
@@ -36,7 +36,7 @@ class Stage:
     template: str = "vicuna_v1"
 
     def training_arguments(self) -> dict[str, Any]:
-        """Keywords of `TrainingArguments`: rate, cosine schedule with 3% warm-up, no weight decay."""
+        """Keywords of `TrainingArguments`: learning rate, cosine schedule with 3% warm-up, no weight decay."""
         return {
             "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine",
@@ -72,26 +72,26 @@ def prepare(
     lora_dropout: float = 0.05,
     lora_targets: str | list[str] = LORA_TARGETS,
 ) -> nn.Module:
-    """Freeze and free the weights as a stage asks, and for LoRA add the adapter.
+    """Freeze the weights that a stage does not train, and for LoRA add the adapter.
 
     `pretrain` trains projector and modality adaptation, `finetune` the language model too. `lora` and `qlora` train an
-    adapter of the language model with both modules whole. CLIP stays frozen always. With a learned visual offset (the
+    adapter of the language model and all weights of both modules. CLIP is always frozen. With a visual offset (the
     authors' `encoder_version` v3) the instruction projection and the visual alignment are frozen, as in their code.
 
     Args:
         model: changed in place.
         stage: `"pretrain"`, `"finetune"`, `"lora"` or `"qlora"`; the last needs a model loaded in 4 or 8 bits.
         lora_r: rank of the adapter.
-        lora_alpha: its scale, times `lora_r`.
-        lora_dropout: share of the adapter's inputs dropped.
-        lora_targets: names of the adapted layers, or a pattern that must match the whole name.
+        lora_alpha: scale of the adapter, times `lora_r`.
+        lora_dropout: dropout probability of the adapter's inputs.
+        lora_targets: suffixes of the names of adapted layers, or a regular expression for the whole name.
 
     Returns:
         `model`, for LoRA wrapped in a `PeftModel`.
 
     Raises:
-        EmmaError: an unknown stage, a stage that does not fit the model's quantization, targets that match nothing
-            or a tower.
+        EmmaError: an unknown stage, a stage that does not fit the model's quantization, targets that match no layer or
+            a layer outside the language model.
         MissingPackageError: LoRA without peft.
     """
     stage_of(stage)
@@ -147,7 +147,7 @@ def _with_adapter(
 
 
 def _is_in(name: str, targets: str | list[str]) -> bool:
-    # As peft reads them: a pattern for the whole name, or endings of it.
+    # As peft reads them: a regular expression for the whole name, or suffixes.
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -163,7 +163,7 @@ def _unfreeze_fusion(model: nn.Module) -> None:
 
 
 def is_fusion_parameter(name: str) -> bool:
-    """Whether a weight of that name belongs to the projector or the modality adaptation."""
+    """Whether the parameter of that name belongs to the projector or the modality adaptation."""
     return any(module in name.split(".") for module in FUSION_MODULES)
 
 
@@ -174,14 +174,14 @@ def parameter_groups(
     weight_decay: float = 0.0,
     decays: Callable[[str], bool] = lambda name: True,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: projector and modality adaptation have a rate of their own.
+    """Parameter groups for an optimizer, with a separate learning rate for projector and modality adaptation.
 
     Args:
-        model: as [`prepare`] returned it; only what it trains is in the groups.
-        learning_rate: of everything else.
-        projector_learning_rate: of projector and modality adaptation.
-        weight_decay: of the weights for which `decays(name)` holds.
-        decays: `Trainer` exempts biases and norms.
+        model: model returned by [`prepare`]; the groups hold its trainable parameters.
+        learning_rate: learning rate of all other parameters.
+        projector_learning_rate: learning rate of projector and modality adaptation.
+        weight_decay: weight decay of the parameters for which `decays(name)` is true.
+        decays: whether the parameter of that name decays; `Trainer` exempts biases and norms.
 
     Raises:
         EmmaError: nothing to train.
