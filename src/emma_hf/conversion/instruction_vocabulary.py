@@ -18,7 +18,7 @@ START, END = "<start_of_text>", "<end_of_text>"
 
 
 def load_instruction_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """CLIP's tokenizer.
+    """CLIP's tokenizer from any form in which its vocabulary is published.
 
     Args:
         source: `bpe_simple_vocab_16e6.txt.gz` or a folder that holds it (the authors' checkpoint), or a folder with
@@ -65,10 +65,10 @@ def _read_merges(path: Path) -> list[str]:
 
 
 def _from_merges(merges: list[str]) -> PreTrainedTokenizerBase:
-    # In the order of OpenAI's `tokenizer.py`: printable bytes first, then those with a letter of their own.
-    letters = sorted(bytes_to_unicode().values(), key=lambda letter: (ord(letter) > 255, ord(letter)))
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split(" ")) for merge in merges)]
-    vocabulary = {word: index for index, word in enumerate([*words, START, END])}
+    # The order of OpenAI's `tokenizer.py`: the byte letters, the same at the end of a word, the merged pairs.
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
