@@ -14,10 +14,10 @@ MODEL = "a model tells `PreTrainedModel` in class attributes of these names what
 VLLM = "vLLM's multimodal processor has no public place for what it passes to ours"
 # (file, name): why no public name does.
 ALLOWED = {
-    ("model/execution_emma.py", "_backward_hooks"): "torch has no public question for whether a module has hooks",
-    ("model/execution_emma.py", "_backward_pre_hooks"): "likewise",
-    ("model/execution_emma.py", "_forward_hooks"): "likewise",
-    ("model/execution_emma.py", "_forward_pre_hooks"): "likewise",
+    ("model/fusion_emma.py", "_backward_hooks"): "torch has no public question for whether a module has hooks",
+    ("model/fusion_emma.py", "_backward_pre_hooks"): "likewise",
+    ("model/fusion_emma.py", "_forward_hooks"): "likewise",
+    ("model/fusion_emma.py", "_forward_pre_hooks"): "likewise",
     (
         "model/modeling_emma.py",
         "_assert_async",
@@ -54,7 +54,7 @@ ALLOWED = {
     ("serving/server.py", "_build_completion"): "likewise",
     ("serving/server.py", "_non_streaming"): "likewise",
     ("serving/server.py", "_streaming"): "likewise",
-    ("tiny/training.py", "_get_train_sampler"): "where `Trainer` asks for the order of rows",
+    ("tiny/recipe.py", "_get_train_sampler"): "where `Trainer` asks for the order of rows",
     ("training/trainer.py", "_get_train_sampler"): "likewise",
     ("integrations/liger.py", "_patch_rms_norm_module"): "Liger's public functions replace the norms of every model",
     ("integrations/liger.py", "_patch_swiglu_module"): "likewise, the MLPs",
