@@ -57,6 +57,8 @@ INSTRUCTION_TOKENS_KEPT = {
 }
 
 
+# Transformers' `@strict` is for dataclasses, which configs of 4.57 are not; `_validate` checks instead.
+# trf-ignore: TRF010
 class EmmaConfig(PretrainedConfig):
     """Configuration of [`EmmaModel`] and [`EmmaForConditionalGeneration`].
 

@@ -1,4 +1,18 @@
-"""EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080)."""
+"""EMMA: LLaVA-1.5 whose visual tokens already know what is asked (arXiv 2410.02080).
+
+LLaVA and three things: a CLIP text encoder that reads the instruction, the module that mixes it into the visual tokens,
+and one row of instruction ids for each image. Letters of the paper, and sizes in the released 7B model:
+
+    N   visual tokens per image, 576                   T   instruction tokens per image, 77
+    V   (images, N, vision width 1024)                 what CLIP's vision tower sees
+    H   (images, T, instruction width 768)             what CLIP's text encoder reads
+    Wp, bp   (1024, 768), (1024,)                      instruction projection
+    P   (images, T, vision width)                      GELU(H Wp^T + bp)
+    Wa, ba   (N, N + T), (N,)                          visual alignment, on the token axis
+    F   (images, N, vision width)                      Wa [V ; P] + ba
+    W1, b1, W2, b2                                     the projector of LLaVA-1.5
+    Z   (images, N, text width 4096)                   W2 GELU(W1 F + b1) + b2, in place of the placeholders
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -116,10 +130,12 @@ class EmmaModalityAdaptation(nn.Module):
         width = config.vision_config.hidden_size
         self.instruction_projection = nn.Linear(config.instruction_config.hidden_size, width)
         self.visual_alignment = EmmaVisualAlignment(config.image_seq_length, config.instruction_seq_length)
+        # CODEPATH: the authors' v3 checkpoints have the offset, the released one (v1) has none.
         self.visual_offset = nn.Parameter(torch.empty(config.image_seq_length, width)) if config.visual_offset else None
 
     def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
         """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
+        # CODEPATH: any checkpoint, by its `fusion_implementation`; the released one says eager.
         if should_use_kernels(self.config.fusion_implementation, self, vision_features, instruction_features):
             fused = fused_adaptation(self, vision_features, instruction_features)
         else:
@@ -578,6 +594,21 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             labels: (batch, tokens), -100 where a token carries no loss; shifted here.
             logits_to_keep: compute the logits of this many last tokens only (0: of all), or of these positions.
             skip_logits: where Liger's fused loss was applied, the loss alone. Default: in training.
+
+        Example:
+
+        >>> from PIL import Image
+        >>> from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+
+        >>> processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+        >>> model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY)
+        >>> prompt = "USER: <image>\\nDescribe the picture. ASSISTANT:"
+        >>> inputs = processor(images=Image.new("RGB", (64, 64), "red"), text=prompt, return_tensors="pt")
+        >>> outputs = model(**inputs)
+        >>> outputs.logits.shape[1:] == (inputs["input_ids"].shape[1], model.config.text_config.vocab_size)
+        True
+        >>> outputs.image_hidden_states.shape[:2] == (1, model.config.image_seq_length)
+        True
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -684,9 +715,7 @@ def default_generation_config(config: EmmaConfig) -> GenerationConfig:
 
 def suppress_image_token(generation_config: GenerationConfig, config: EmmaConfig) -> None:
     """Add the placeholder to `suppress_tokens`: prompt lookup, or an undecided model, would otherwise generate it."""
-    suppressed = generation_config.suppress_tokens or []
-    if config.image_token_index not in suppressed:
-        generation_config.suppress_tokens = [*suppressed, config.image_token_index]
+    generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or []), config.image_token_index})
 
 
 def execution_device(weight: torch.Tensor, inputs: torch.Tensor) -> torch.device:

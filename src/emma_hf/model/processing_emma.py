@@ -65,10 +65,6 @@ CHAT_TEMPLATE = """\
 PROMPT_KWARGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 
-class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    _defaults = {"text_kwargs": {"padding": False}, "images_kwargs": {}}
-
-
 class EmmaProcessor(ProcessorMixin):
     """Prepares pictures, prompts and instructions for [`EmmaForConditionalGeneration`].
 
@@ -87,7 +83,6 @@ class EmmaProcessor(ProcessorMixin):
         EmmaError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
     """
 
-    valid_processor_kwargs = EmmaProcessorKwargs
     if not TRANSFORMERS_5:
         # 5 reads the parts from `__init__`. Goes with 4.57.
         attributes = ["image_processor", "tokenizer", "instruction_tokenizer"]
@@ -167,13 +162,26 @@ class EmmaProcessor(ProcessorMixin):
             EmmaError: placeholders, pictures and instructions that differ in number, truncation that would cut a
                 picture, a picture that cannot be read.
             FileNotFoundError: a path that does not exist.
+
+        Example:
+
+        >>> from PIL import Image
+        >>> from emma_hf import EMMA_TINY, EmmaProcessor
+
+        >>> processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+        >>> prompt = "USER: <image>\\nWhat color is the star? ASSISTANT:"
+        >>> inputs = processor(images=Image.new("RGB", (64, 64), "red"), text=prompt, return_tensors="pt")
+        >>> sorted(inputs)
+        ['attention_mask', 'input_ids', 'instruction_input_ids', 'pixel_values']
+        >>> tuple(inputs["instruction_input_ids"].shape) == (1, processor.instruction_length)
+        True
         """
         if text is None and images is None:
             raise EmmaError("Pass `text`, `images` or both: got neither.")
         # The marks of `sanitize_control_tokens` are understood wherever they stand.
         kwargs.pop("sanitize_control_tokens", None)
         merged = self._merge_kwargs(
-            EmmaProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
+            ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
         )
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
