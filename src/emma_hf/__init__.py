@@ -19,6 +19,7 @@ __all__ = [
     "EmmaModel",
     "EmmaPreTrainedModel",
     "EmmaProcessor",
+    "HubError",
 ]
 
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING or not _runs_the_command():
         EmmaModel,
         EmmaPreTrainedModel,
         EmmaProcessor,
+        HubError,
     )
 else:
     # Importing torch and Transformers takes seconds: the command prints its help and finds wrong arguments without

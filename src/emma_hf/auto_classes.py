@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .model.configuration_emma import EmmaConfig
-from .model.errors_emma import EmmaError
+from .model.errors_emma import EmmaError, HubError
 from .model.image_processing_emma import EmmaImageProcessor
 from .model.modeling_emma import EmmaForConditionalGeneration, EmmaModel, EmmaPreTrainedModel
 from .model.processing_emma import EmmaProcessor
@@ -36,4 +36,5 @@ __all__ = [
     "EmmaModel",
     "EmmaPreTrainedModel",
     "EmmaProcessor",
+    "HubError",
 ]
