@@ -19,6 +19,7 @@ PARTS = {
     "liger": "a training step with Liger's kernels against the plain one (CUDA)",
     "processor": "the image processor against LLaVA's",
     "first_answer": "loading emma-tiny and one answer",
+    "command_line": "help, versions and wrong arguments of the command",
     "quantization": "memory, accuracy and speed in 4 and 8 bits",
     "convert": "time and memory of the converter",
 }
