@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from .questions import caption
-from .scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, Chance, Scene
+from .scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, SeededRandom
 
 
 def close_up(scene: Scene) -> Scene:
-    """The scene with its things large, filled and on plain paper."""
+    """The scene with large, filled things on a plain background without noise."""
     radius = SIZES["large"]
     things = [
         replace(
@@ -22,40 +22,40 @@ def close_up(scene: Scene) -> Scene:
     return replace(scene, things=tuple(things), background="plain", noise=0)
 
 
-def reshaped(scene: Scene, chance: Chance, count: int) -> list[tuple[Scene, str]]:
-    """The scene with one thing in so many shapes, each with its caption."""
-    place = chance.between(0, len(scene.things) - 1)
-    thing = scene.things[place]
+def reshaped(scene: Scene, rng: SeededRandom, count: int) -> list[tuple[Scene, str]]:
+    """`count` versions of the scene in which one thing has different shapes, each with its caption."""
+    index = rng.integer(0, len(scene.things) - 1)
+    thing = scene.things[index]
     shapes = [shape for shape in SHAPES if (thing.colour, shape) not in HELD_OUT_PAIRS]
-    made = []
-    for shape in chance.several(shapes, count):
-        things = (*scene.things[:place], replace(thing, shape=shape), *scene.things[place + 1 :])
+    versions = []
+    for shape in rng.sample(shapes, count):
+        things = (*scene.things[:index], replace(thing, shape=shape), *scene.things[index + 1 :])
         version = replace(scene, things=things)
-        made.append((version, caption(version)))
-    return made
+        versions.append((version, caption(version)))
+    return versions
 
 
-def siblings(scene: Scene, chance: Chance) -> list[tuple[Scene, str]]:
+def siblings(scene: Scene, rng: SeededRandom) -> list[tuple[Scene, str]]:
     """The scene and up to three others that differ from it in one respect, each with a caption of what differs.
 
-    Contrastive learning needs them: without, the colours of a picture alone would tell it from the others.
+    Without them, the colors of an image alone would tell it from the others of a batch in contrastive learning.
     """
     things = list(scene.things)
-    index = chance.between(0, len(things) - 1)
-    other = chance.between(0, len(things) - 1)
-    mine, theirs = things[index], things[other]
-    swapped = {index: replace(mine, colour=theirs.colour), other: replace(theirs, colour=mine.colour)}
-    if theirs.colour == mine.colour:
-        swapped = {index: replace(mine, colour=chance.one([c for c in COLOURS if c != mine.colour]))}
-    shape = {index: replace(mine, shape=chance.one([s for s in SHAPES if s != mine.shape]))}
-    size = chance.one([s for s in SIZES if s != mine.size])
-    sized = {index: replace(mine, size=size, radius=mine.radius * SIZES[size] / SIZES[mine.size])}
-    shown = {index, other}
-    made = []
-    for changes in ({}, swapped, shape, sized):
-        changed = [changes.get(place, thing) for place, thing in enumerate(things)]
-        if any(thing.pair in HELD_OUT_PAIRS for thing in changed):
+    index = rng.integer(0, len(things) - 1)
+    other_index = rng.integer(0, len(things) - 1)
+    thing, other = things[index], things[other_index]
+    if thing.colour == other.colour:
+        recolored = {index: replace(thing, colour=rng.choice([c for c in COLORS if c != thing.colour]))}
+    else:
+        recolored = {index: replace(thing, colour=other.colour), other_index: replace(other, colour=thing.colour)}
+    shape = rng.choice([s for s in SHAPES if s != thing.shape])
+    size = rng.choice([s for s in SIZES if s != thing.size])
+    resized = replace(thing, size=size, radius=thing.radius * SIZES[size] / SIZES[thing.size])
+    versions = []
+    for changes in ({}, recolored, {index: replace(thing, shape=shape)}, {index: resized}):
+        changed = [changes.get(i, unchanged) for i, unchanged in enumerate(things)]
+        if any(each.pair in HELD_OUT_PAIRS for each in changed):
             continue
         version = replace(scene, things=tuple(changed))
-        made.append((version, caption(version, [changed[place] for place in sorted(shown)])))
-    return made
+        versions.append((version, caption(version, [changed[i] for i in sorted({index, other_index})])))
+    return versions

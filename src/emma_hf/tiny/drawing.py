@@ -5,19 +5,19 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .scenes import _A, _B, COLOURS, Scene, Thing
+from .scenes import COLORS, Scene, Thing
 
-# Drawn this much larger and averaged, so that edges are smooth.
+# Images are drawn larger by this factor and averaged, so that edges are smooth.
 OVERSAMPLING = 2
 
 
 def draw(scene: Scene, side: int = 168) -> Image.Image:
-    """The picture of a scene, RGB, `side` pixels wide and high."""
-    big = side * OVERSAMPLING
-    image = _paper(scene, big)
+    """The RGB image of a scene, `side` pixels wide and high."""
+    oversampled_side = side * OVERSAMPLING
+    image = _background(scene, oversampled_side)
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        _draw_thing(pen, thing, big, scene.paper)
+        _draw_thing(pen, thing, oversampled_side, scene.paper)
     image = image.reduce(OVERSAMPLING)
     if scene.noise:
         noise = np.random.Generator(np.random.PCG64(scene.seed)).integers(
@@ -27,7 +27,7 @@ def draw(scene: Scene, side: int = 168) -> Image.Image:
     return image
 
 
-def _paper(scene: Scene, side: int) -> Image.Image:
+def _background(scene: Scene, side: int) -> Image.Image:
     image = Image.new("RGB", (side, side), scene.paper)
     darker = tuple(value - 22 for value in scene.paper)
     pen = ImageDraw.Draw(image)
@@ -45,7 +45,6 @@ def _paper(scene: Scene, side: int) -> Image.Image:
     return image
 
 
-# Corners of the shapes on a circle of radius one, y downwards.
 def _star() -> list[tuple[float, float]]:
     radii = (1.0, 0.42)
     return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
@@ -62,6 +61,9 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
+# Half the length and half the width of the bars of a cross.
+_A, _B = 0.95, 0.32
+# Corners of the shapes in a circle of radius one around the origin, y downwards.
 CORNERS: dict[str, list[tuple[float, float]]] = {
     "circle": [(0.9 * math.cos(i * math.pi / 32), 0.9 * math.sin(i * math.pi / 32)) for i in range(64)],
     "square": [(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)],
@@ -76,12 +78,12 @@ CORNERS: dict[str, list[tuple[float, float]]] = {
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, paper: tuple[int, int, int]) -> None:
-    turn = math.radians(thing.angle)
-    cos, sin = math.cos(turn), math.sin(turn)
+    angle = math.radians(thing.angle)
+    cos, sin = math.cos(angle), math.sin(angle)
 
     def polygon(scale: float, fill: tuple[int, int, int]) -> None:
         radius = thing.radius * scale
-        # Whole pixels, so that no machine rounds a corner another way while drawing.
+        # Corners lie on whole pixels, because Pillow may round others differently from one machine to the next.
         points = [
             (
                 round((thing.x + radius * (x * cos - y * sin)) * side),
@@ -91,10 +93,10 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, paper: tuple[
         ]
         pen.polygon(points, fill=fill)
 
-    colour = COLOURS[thing.colour]
-    edge = (colour[0] // 2, colour[1] // 2, colour[2] // 2) if thing.colour != "black" else (90, 90, 90)
-    polygon(1.0, edge if thing.style == "edged" else colour)
+    color = COLORS[thing.colour]
+    edge = (color[0] // 2, color[1] // 2, color[2] // 2) if thing.colour != "black" else (90, 90, 90)
+    polygon(1.0, edge if thing.style == "edged" else color)
     if thing.style == "edged":
-        polygon(0.82, colour)
+        polygon(0.82, color)
     elif thing.style == "outlined":
         polygon(0.5, paper)

@@ -1,4 +1,4 @@
-"""How often emma-tiny is right: questions about scenes it never saw, by family, and what its captions invent."""
+"""Evaluation of emma-tiny: accuracy on unseen scenes by family of questions, and hallucinations in captions."""
 
 import json
 import math
@@ -16,50 +16,51 @@ from ..training.plots import figure_class
 from .drawing import draw
 from .questions import FAMILIES, Question, ask, caption_question
 from .rows import TEST_SEEDS
-from .scenes import COLOURS, SHAPES, SIZES, Chance, Scene
+from .scenes import COLORS, SHAPES, SIZES, Scene, SeededRandom
 
-# Questions of one evaluation have seeds of their own, up to so many.
-MOST_QUESTIONS = 10_000_000
+# Number of seeds that an evaluation has for itself.
+SEEDS_PER_EVALUATION = 10_000_000
 YES_NO = ("existence", "position", "same")
-_NAMED = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+_NAMED = re.compile(rf"({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
 
 
 def fresh_questions(count: int, seed: int = 0) -> list[tuple[Scene, Question]]:
-    """Fresh scenes, a question each, as many of every family.
+    """`count` unseen scenes with a question each, equally many of every family.
 
-    A third of the scenes has a pair of colour and shape that training never showed; a third of the questions is worded
-    as training never worded one.
+    A third of the scenes has a pair of color and shape that training never showed, and a third of the questions has a
+    wording that training never used.
     """
-    found: list[tuple[Scene, Question]] = []
-    place = TEST_SEEDS + seed * MOST_QUESTIONS
-    while len(found) < count:
-        place += 1
-        # Not the scene's own: its first number decides how many things there are.
-        chance = Chance(place << 32)
-        scene = Scene.random(place, held_out=chance.maybe(1 / 3))
-        question = ask(scene, chance, FAMILIES[len(found) % len(FAMILIES)], held_out_wording=chance.maybe(1 / 3))
+    questions: list[tuple[Scene, Question]] = []
+    scene_seed = TEST_SEEDS + seed * SEEDS_PER_EVALUATION
+    while len(questions) < count:
+        scene_seed += 1
+        # Not the scene's own seed, whose first number decides how many things there are.
+        rng = SeededRandom(scene_seed << 32)
+        scene = Scene.random(scene_seed, held_out=rng.bernoulli(1 / 3))
+        family = FAMILIES[len(questions) % len(FAMILIES)]
+        question = ask(scene, rng, family, held_out_wording=rng.bernoulli(1 / 3))
         if question is not None:
-            found.append((scene, question))
-    return found
+            questions.append((scene, question))
+    return questions
 
 
 def answers(
     model: EmmaForConditionalGeneration,
     processor: EmmaProcessor,
-    asked: list[tuple[Scene, str]],
+    questions: list[tuple[Scene, str]],
     batch_size: int = 64,
     max_new_tokens: int = 8,
 ) -> list[str]:
-    """What the model says to each question about a scene."""
-    said: list[str] = []
-    for start in tqdm(range(0, len(asked), batch_size), desc="answers", delay=2):
-        batch = asked[start : start + batch_size]
+    """The model's answer to each question about a scene."""
+    predictions: list[str] = []
+    for start in tqdm(range(0, len(questions), batch_size), desc="answers", delay=2):
+        batch = questions[start : start + batch_size]
         conversations = [
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for _, text in batch
         ]
         images = [[draw(scene)] for scene, _ in batch]
-        said += answer(model, processor, conversations, images, max_new_tokens=max_new_tokens)
-    return said
+        predictions += answer(model, processor, conversations, images, max_new_tokens=max_new_tokens)
+    return predictions
 
 
 def evaluate_tiny(
@@ -70,40 +71,44 @@ def evaluate_tiny(
     output: str | Path | None = None,
     **load: Any,
 ) -> dict[str, Any]:
-    """Answer fresh questions, caption fresh scenes, and count.
+    """Measure emma-tiny on unseen scenes.
 
     Args:
-        model: folder of emma-tiny.
-        questions: how many.
-        captions: how many scenes to caption.
-        seed: of the questions.
+        model: folder of an emma-tiny.
+        questions: number of questions.
+        captions: number of scenes to caption.
+        seed: seed of scenes and questions.
         output: folder for `evaluation.json`, `evaluation.md` (a table), `evaluation.png` and `answers.jsonl`.
-        **load: of `from_pretrained`, such as `dtype` or `quantization_config`.
+        **load: arguments of `from_pretrained`, such as `dtype` or `quantization_config`.
 
     Returns:
-        `accuracy`, `yes_no` and `captions`: figures by name. A share is `{"right", "of", "share", "low", "high"}`, the
-        last two its 95% interval.
+        Figures by name in `accuracy`, `yes_no` and `captions`. A share is `{"right", "of", "share", "low", "high"}`, of
+        which the last two are its 95% interval.
+
+    Raises:
+        MissingPackageError: `output` is given and matplotlib is not installed.
     """
     if output is not None:
         figure_class()
     processor = EmmaProcessor.from_pretrained(model)
     loaded = EmmaForConditionalGeneration.from_pretrained(model, **load).eval()
-    asked = fresh_questions(questions, seed)
-    said = answers(loaded, processor, [(scene, question.text) for scene, question in asked])
-    right = [is_right(text, question.answer) for text, (_, question) in zip(said, asked)]
-    result = {"accuracy": accuracy(asked, right), "yes_no": yes_no(asked, said)}
+    sample = fresh_questions(questions, seed)
+    predictions = answers(loaded, processor, [(scene, question.text) for scene, question in sample])
+    right = [is_right(prediction, question.answer) for prediction, (_, question) in zip(predictions, sample)]
+    result = {"accuracy": accuracy(sample, right), "yes_no": yes_no(sample, predictions)}
     if captions:
-        scenes = [Scene.random(TEST_SEEDS + seed * MOST_QUESTIONS + MOST_QUESTIONS - 1 - i) for i in range(captions)]
-        wanted = [(scene, caption_question(Chance(scene.seed))) for scene in scenes]
-        result["captions"] = hallucinations(scenes, answers(loaded, processor, wanted, max_new_tokens=96))
+        last_seed = TEST_SEEDS + (seed + 1) * SEEDS_PER_EVALUATION - 1
+        scenes = [Scene.random(last_seed - i) for i in range(captions)]
+        requests = [(scene, caption_question(SeededRandom(scene.seed))) for scene in scenes]
+        result["captions"] = hallucinations(scenes, answers(loaded, processor, requests, max_new_tokens=96))
     if output is not None:
-        _write(Path(output), result, asked, said, right)
+        _write(Path(output), result, sample, predictions, right)
     return result
 
 
-def is_right(said: str, answer: str) -> bool:
-    """Whether the words are those of the answer; capitals and a full stop do not matter."""
-    return said.strip().rstrip(".").lower() == answer.lower()
+def is_right(prediction: str, answer: str) -> bool:
+    """Whether the prediction is the answer, apart from case and a final period."""
+    return prediction.strip().rstrip(".").lower() == answer.lower()
 
 
 def share(hits: Iterable[bool]) -> dict[str, float]:
@@ -112,17 +117,17 @@ def share(hits: Iterable[bool]) -> dict[str, float]:
     count, z = len(hits), 1.959964
     if not count:
         return {"right": 0, "of": 0, "share": math.nan, "low": math.nan, "high": math.nan}
-    found = sum(hits) / count
-    middle = (found + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(found * (1 - found) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return {"right": sum(hits), "of": count, "share": found, "low": middle - half, "high": middle + half}
+    observed = sum(hits) / count
+    center = (observed + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(observed * (1 - observed) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return {"right": sum(hits), "of": count, "share": observed, "low": center - half, "high": center + half}
 
 
-def accuracy(asked: list[tuple[Scene, Question]], right: list[bool]) -> dict[str, dict[str, float]]:
-    """Share of right answers: of all, of each family, and of what training showed and never showed."""
+def accuracy(questions: list[tuple[Scene, Question]], right: list[bool]) -> dict[str, dict[str, float]]:
+    """Share of right answers: overall, by family, and with and without what training never showed."""
 
-    def of(chosen: Callable[[Question], bool]) -> dict[str, float]:
-        return share(hit for hit, (_, question) in zip(right, asked) if chosen(question))
+    def share_where(condition: Callable[[Question], bool]) -> dict[str, float]:
+        return share(hit for hit, (_, question) in zip(right, questions) if condition(question))
 
     groups: dict[str, Callable[[Question], bool]] = {"all": lambda question: True}
     for family in FAMILIES:
@@ -131,14 +136,14 @@ def accuracy(asked: list[tuple[Scene, Question]], right: list[bool]) -> dict[str
     groups["held-out pairs"] = lambda question: question.held_out_pair
     groups["seen wordings"] = lambda question: not question.held_out_wording
     groups["held-out wordings"] = lambda question: question.held_out_wording
-    return {name: of(chosen) for name, chosen in groups.items()}
+    return {name: share_where(condition) for name, condition in groups.items()}
 
 
-def yes_no(asked: list[tuple[Scene, Question]], said: list[str]) -> dict[str, float]:
+def yes_no(questions: list[tuple[Scene, Question]], predictions: list[str]) -> dict[str, float]:
     """Precision, recall and F1 of "yes", and its share among the predictions."""
     pairs = [
-        (is_right(text, "yes"), is_right(question.answer, "yes"))
-        for text, (_, question) in zip(said, asked)
+        (is_right(prediction, "yes"), is_right(question.answer, "yes"))
+        for prediction, (_, question) in zip(predictions, questions)
         if question.family in YES_NO
     ]
     true = sum(predicted and actual for predicted, actual in pairs)
@@ -149,32 +154,31 @@ def yes_no(asked: list[tuple[Scene, Question]], said: list[str]) -> dict[str, fl
 
 
 def hallucinations(scenes: list[Scene], captions: list[str]) -> dict[str, Any]:
-    """What captions name: how much of it is not there, and how much of what is there they name.
+    """Share of the named things that are not in the scene, and of the scene's things that are named.
 
-    A thing is its colour and shape, as in "a small red star"; one named twice must be there twice.
+    A thing is its color and shape, as in "a small red star"; one that is named twice must be there twice.
     """
-    invented, found, whole = [], [], []
+    hallucinated: list[bool] = []
+    any_hallucinated: list[bool] = []
+    named: list[bool] = []
     for scene, text in zip(scenes, captions):
-        left = [thing.pair for thing in scene.things]
-        misses = 0
-        for _, colour, shape in _NAMED.findall(text.lower()):
-            if (colour, shape) in left:
-                left.remove((colour, shape))
-                invented.append(False)
-            else:
-                misses += 1
-                invented.append(True)
-        found += [False] * len(left) + [True] * (len(scene.things) - len(left))
-        whole.append(misses > 0)
+        unnamed = [thing.pair for thing in scene.things]
+        before = len(hallucinated)
+        for _, color, shape in _NAMED.findall(text.lower()):
+            hallucinated.append((color, shape) not in unnamed)
+            if not hallucinated[-1]:
+                unnamed.remove((color, shape))
+        any_hallucinated.append(any(hallucinated[before:]))
+        named += [False] * len(unnamed) + [True] * (len(scene.things) - len(unnamed))
     return {
-        "named things that are not there": share(invented),
-        "captions that name such a thing": share(whole),
-        "things that are named": share(found),
+        "named things that are not there": share(hallucinated),
+        "captions that name such a thing": share(any_hallucinated),
+        "things that are named": share(named),
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The result of [`evaluate_tiny`] as Markdown tables."""
     lines = ["| questions | right | of | share | 95% interval |", "|---|---|---|---|---|"]
 
     def row(name: str, figures: dict[str, float]) -> str:
@@ -195,7 +199,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw the shares of right answers with their intervals.
+    """Draw the accuracy of [`evaluate_tiny`] with its intervals.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -203,12 +207,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figures = {name: row for name, row in result["accuracy"].items() if row["of"]}
     figure = figure_class()(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    places = range(len(figures))
+    rows = range(len(figures))
     shares = [100 * row["share"] for row in figures.values()]
-    spread = [[100 * abs(row["share"] - row[end]) for row in figures.values()] for end in ("low", "high")]
-    colours = ["#444444" if name == "all" else "#4878a8" if name in FAMILIES else "#c87838" for name in figures]
-    axes.barh(places, shares, xerr=spread, color=colours, ecolor="#222222", capsize=3)
-    axes.set_yticks(places, list(figures))
+    errors = [[100 * abs(row["share"] - row[end]) for row in figures.values()] for end in ("low", "high")]
+    colors = ["#444444" if name == "all" else "#4878a8" if name in FAMILIES else "#c87838" for name in figures]
+    axes.barh(rows, shares, xerr=errors, color=colors, ecolor="#222222", capsize=3)
+    axes.set_yticks(rows, list(figures))
     axes.invert_yaxis()
     axes.set(xlabel="right answers (%), with 95% intervals", xlim=(min(50.0, min(shares) - 5), 100))
     axes.grid(axis="x", alpha=0.3)
@@ -216,17 +220,21 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _write(
-    folder: Path, result: dict[str, Any], asked: list[tuple[Scene, Question]], said: list[str], right: list[bool]
+    folder: Path,
+    result: dict[str, Any],
+    questions: list[tuple[Scene, Question]],
+    predictions: list[str],
+    right: list[bool],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "evaluation.md").write_text(table(result))
     plot(result, folder / "evaluation.png")
     with open(folder / "answers.jsonl", "w", encoding="utf-8") as file:
-        for (scene, question), text, hit in zip(asked, said, right):
-            row = {"seed": scene.seed, **vars(question), "said": text, "right": hit}
-            # Of training alone.
-            del row["unshown"]
+        for (scene, question), prediction, hit in zip(questions, predictions, right):
+            row = {"seed": scene.seed, **vars(question), "said": prediction, "right": hit}
+            # These matter in training alone.
+            del row["excluded_answers"]
             file.write(json.dumps(row) + "\n")
 
 

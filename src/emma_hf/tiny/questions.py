@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from .scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, Chance, Scene, Thing
+from .scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, SeededRandom, Thing
 
 ENDING = "\nAnswer the question using a single word or phrase."
+CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+# Two things closer than this, as a share of the image's side, are neither left nor right of each other.
+MIN_DISTANCE = 0.12
+# A thing closer than this to the border between two of the nine parts of the image is in neither.
+MARGIN = 0.03
 
 
 @dataclass(frozen=True)
@@ -13,13 +20,13 @@ class Question:
     """A question about a scene.
 
     Args:
-        text: with or without the ending that asks for a single word.
-        answer: what is right.
-        family: of questions, one of [`FAMILIES`] or [`EXERCISES`], or `caption`.
-        held_out_wording: whether training never says it so.
-        held_out_pair: whether it is about a pair of colour and shape that training never shows.
-        unshown: wrong answers that would be right of such a pair. Training shows no picture for them, so it must not
-            learn that they are never right.
+        text: the question, with or without the ending that asks for a single word.
+        answer: the right answer.
+        family: one of [`FAMILIES`] or [`EXERCISES`], or `caption`.
+        held_out_wording: whether the wording is one that training never uses.
+        held_out_pair: whether the question is about a pair of color and shape that training never shows.
+        excluded_answers: wrong answers that would be right for such a pair. Training shows no image for them, so the
+            model must not learn that they are never right.
     """
 
     text: str
@@ -27,92 +34,58 @@ class Question:
     family: str
     held_out_wording: bool = False
     held_out_pair: bool = False
-    unshown: tuple[str, ...] = field(default=(), repr=False)
+    excluded_answers: tuple[str, ...] = field(default=(), repr=False)
 
 
-# Per family: wordings of training, and others of the same words that only tests use.
-WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "colour": (
-        ("What colour is the {a}?", "Which colour does the {a} have?", "What is the colour of the {a}?",
-         "The {a}: what colour is it?", "Tell me the colour of the {a}."),
-        ("Which colour is the {a}?", "The {a} has what colour?"),
-    ),
-    "shape": (
-        ("What shape is the {a}?", "Which shape does the {a} have?", "What is the shape of the {a}?",
-         "The {a}: what shape is it?", "Tell me the shape of the {a}."),
-        ("Which shape is the {a}?", "The {a} has what shape?"),
-    ),
-    "size": (
-        ("How big is the {a}?", "What size is the {a}?", "Is the {a} small, medium or large?",
-         "What is the size of the {a}?", "Tell me the size of the {a}."),
-        ("Which size is the {a}?", "The {a}: how big is it?"),
-    ),
-    "count": (
-        ("How many {a} are there?", "How many {a} does the picture show?", "Count the {a}.",
-         "What is the number of {a}?", "How many {a} can you see?"),
-        ("How many {a} are in the picture?", "Tell me the number of {a}."),
-    ),
-    "existence": (
-        ("Is there a {a}?", "Is there a {a} in the picture?", "Can you see a {a}?", "Does the picture show a {a}?",
-         "Do you see a {a}?"),
-        ("Can you see a {a} in the picture?", "Is a {a} there?"),
-    ),
-    "position": (
-        ("Is the {a} {r} the {b}?", "Does the picture show the {a} {r} the {b}?", "Can you see the {a} {r} the {b}?",
-         "The {a}: is it {r} the {b}?"),
-        ("Do you see the {a} {r} the {b}?", "Is it the {a} that is {r} the {b}?"),
-    ),
-    "side": (
-        ("Is the {a} {r} or {q} the {b}?", "Which is right: the {a} is {r} or {q} the {b}?",
-         "The {a}: is it {r} or {q} the {b}?"),
-        ("Tell me: is the {a} {r} or {q} the {b}?",),
-    ),
-    "same": (
-        ("Do the {a} and the {b} have the same {k}?", "Is the {k} of the {a} the same as that of the {b}?",
-         "Are the {a} and the {b} of the same {k}?"),
-        ("The {a} and the {b}: do they have the same {k}?",),
-    ),
-    "place": (
-        ("Where is the {a}?", "Where in the picture is the {a}?", "Where can you see the {a}?"),
-        ("Tell me where the {a} is.", "Where does the picture show the {a}?"),
-    ),
-    "places": (
-        ("Where are the {a} and the {b}?", "Where do you see the {a} and the {b}?"),
-        ("Where can you see the {a} and the {b}?",),
-    ),
-    "both": (
-        ("What {k}s do the {a} and the {b} have?", "What are the {k}s of the {a} and the {b}?"),
-        ("Tell me the {k}s of the {a} and the {b}.",),
-    ),
-    "alike": (
-        ("The {a} and the {b}: are they of the same {k}?", "The {a} and the {b}: is their {k} the same?",
-         "The {a} and the {b}: do they share a {k}?", "The {a} and the {b}: do they agree in {k}?"),
-        ("The {a} and the {b}: are they alike in {k}?",),
-    ),
-    "told": (
-        ("Do the {a} and the {b} both have the {k} {v}?", "Is {v} the {k} of the {a} and of the {b}?",
-         "Are the {a} and the {b} both of the {k} {v}?"),
-        ("The {a} and the {b}: do both have the {k} {v}?",),
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Draft:
+    """A question before it is worded.
+
+    Args:
+        slots: the text for each slot of the family's wordings.
+        answer: the right answer in lower case; two answers are joined by " and ".
+        subjects: color and shape of the things that the question is about, in the order of the answers.
+    """
+
+    slots: dict[str, str]
+    answer: str
+    subjects: list[tuple[str, str]]
+
+    def excluded_answers(self) -> list[str]:
+        """The answer with one of its words changed as a held-out pair would change it."""
+        parts = self.answer.split(" and ")
+        return [
+            " and ".join([*parts[:index], other_word, *parts[index + 1 :]])
+            for index, (part, pair) in enumerate(zip(parts, self.subjects, strict=False))
+            for other_pair in _held_out_neighbors(pair)
+            for word, other_word in zip(pair, other_pair)
+            if word == part != other_word
+        ]
 
 
-WORDINGS["left"] = WORDINGS["above"] = WORDINGS["position"]
+@dataclass(frozen=True)
+class Family:
+    """Questions that are worded alike and answered by one rule.
+
+    Args:
+        draft: makes a question about a scene, or None where the scene allows none.
+        wordings: wordings of training.
+        held_out_wordings: wordings of the same words that only tests use.
+        exercise: whether the family is asked in training alone, because its answer is a step towards another family's.
+    """
+
+    draft: Callable[[Scene, SeededRandom], Draft | None]
+    wordings: tuple[str, ...]
+    held_out_wordings: tuple[str, ...]
+    exercise: bool = False
 
 
-# Asked in training alone. What a comparison must know of each thing is learned sooner as an answer of its own. Where
-# every relation is asked for as often as its opposite, "yes" goes with nothing that is easier to see than all of it.
-# And whether two things are the same is easier to see if it is told what one of them has. Questions that name two
-# things first are all of yes and no: a new wording of "same" begins so, and was answered like exercises that began so
-# too. For the same reason no exercise has an answer that begins as "no" does: "none" was once said in its place.
-EXERCISES = ("place", "places", "both", "left", "above", "alike", "told")
-FAMILIES = tuple(family for family in WORDINGS if family not in EXERCISES)
-CAPTION_WORDINGS = ("Describe the picture.", "What does the picture show?", "What can you see in the picture?")
-OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Two things closer than this are neither left nor right of each other.
-CLEARLY = 0.12
-# A thing closer than this to where two parts of the picture meet is in neither.
-MARGIN = 0.03
+@dataclass(frozen=True)
+class Reference:
+    """Words that mean one thing of a scene, and that thing."""
+
+    text: str
+    thing: Thing
 
 
 def caption(scene: Scene, things: Sequence[Thing] | None = None) -> str:
@@ -122,155 +95,129 @@ def caption(scene: Scene, things: Sequence[Thing] | None = None) -> str:
         place = "in the middle" if thing.place == "middle" else f"at the {thing.place}"
         phrases.append(f"a {thing.size} {thing.colour} {thing.shape} {place}")
     text = " and ".join(filter(None, (", ".join(phrases[:-1]), phrases[-1])))
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{_capitalized(text)}."
 
 
-def caption_question(chance: Chance) -> str:
-    return chance.one(CAPTION_WORDINGS)
+def caption_question(rng: SeededRandom) -> str:
+    """A question that asks for a caption."""
+    return rng.choice(CAPTION_WORDINGS)
 
 
-def captioned(scene: Scene, chance: Chance) -> Question:
-    """The question for a caption and the caption, as a question of the family `caption`."""
+def captioned(scene: Scene, rng: SeededRandom) -> Question:
+    """A question that asks for a caption, with the caption as its answer and `caption` as its family."""
     things = scene.things
-    unshown = tuple(
-        caption(scene, [*things[:place], replace(thing, colour=colour, shape=shape), *things[place + 1 :]])
-        for place, thing in enumerate(things)
-        for colour, shape in _held_out_neighbours(thing.pair)
+    excluded = tuple(
+        caption(scene, [*things[:index], replace(thing, colour=color, shape=shape), *things[index + 1 :]])
+        for index, thing in enumerate(things)
+        for color, shape in _held_out_neighbors(thing.pair)
     )
-    return Question(caption_question(chance), caption(scene), "caption", unshown=unshown)
+    return Question(caption_question(rng), caption(scene), "caption", excluded_answers=excluded)
 
 
-def _held_out_neighbours(pair: tuple[str, str]) -> list[tuple[str, str]]:
-    """The pairs that training never shows and that differ from this one in either colour or shape."""
+def ask(scene: Scene, rng: SeededRandom, family: str, held_out_wording: bool = False) -> Question | None:
+    """A question of a family about a scene, or None where the scene allows none."""
+    entry = QUESTION_FAMILIES[family]
+    draft = entry.draft(scene, rng)
+    if draft is None:
+        return None
+    text = rng.choice(entry.held_out_wordings if held_out_wording else entry.wordings).format(**draft.slots)
+    ending = ENDING if rng.bernoulli() else ""
+    held_out_pair = any(pair in HELD_OUT_PAIRS for pair in draft.subjects)
+    answer, *excluded = map(_capitalized, (draft.answer, *draft.excluded_answers()))
+    return Question(text + ending, answer, family, held_out_wording, held_out_pair, tuple(excluded))
+
+
+def questions(scene: Scene, rng: SeededRandom, held_out_wording: bool = False) -> list[Question]:
+    """One question of every family that the scene allows."""
+    asked = (ask(scene, rng, family, held_out_wording) for family in FAMILIES)
+    return [question for question in asked if question is not None]
+
+
+def _capitalized(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _held_out_neighbors(pair: tuple[str, str]) -> list[tuple[str, str]]:
+    """The pairs that training never shows and that differ from this one in either color or shape."""
     return [other for other in sorted(HELD_OUT_PAIRS) if (other[0] == pair[0]) != (other[1] == pair[1])]
 
 
-def ask(scene: Scene, chance: Chance, family: str, held_out_wording: bool = False) -> Question | None:
-    """A question of a family about a scene, or None where the scene allows none."""
-    made = _MAKERS[family](scene, chance)
-    if made is None:
+def _refer(scene: Scene, rng: SeededRandom, *hidden: str) -> Reference | None:
+    """A reference to one thing of the scene that does not name a `hidden` attribute."""
+    references = [reference for reference in scene.references if not set(hidden) & set(reference[0])]
+    if not references:
         return None
-    words, answer, about = made
-    text = chance.one(WORDINGS[family][held_out_wording]).format(**words)
-    ending = ENDING if chance.maybe() else ""
-    held_out = any(pair in HELD_OUT_PAIRS for pair in about)
-    parts = answer.split(" and ")
-    unshown = [
-        " and ".join([*parts[:place], instead, *parts[place + 1 :]])
-        for place, (part, pair) in enumerate(zip(parts, about, strict=False))
-        for other in _held_out_neighbours(pair)
-        for word, instead in zip(pair, other)
-        if word == part != instead
-    ]
-    answer, *others = (f"{said[0].upper()}{said[1:]}" for said in (answer, *unshown))
-    return Question(text + ending, answer, family, held_out_wording, held_out, tuple(others))
-
-
-def questions(scene: Scene, chance: Chance, held_out_wording: bool = False) -> list[Question]:
-    """One question of every family that the scene allows."""
-    made = (ask(scene, chance, family, held_out_wording) for family in FAMILIES)
-    return [question for question in made if question is not None]
-
-
-Made = tuple[dict[str, str], str, list[tuple[str, str]]] | None
-
-
-def _referred(scene: Scene, chance: Chance, *hidden: str) -> tuple[str, Thing] | None:
-    """Words that mean one thing of the scene and do not say a `hidden` attribute, and that thing."""
-    ways = [way for way in scene.references if not set(hidden) & set(way[0])]
-    if not ways:
-        return None
-    names, thing = chance.one(ways)
+    names, thing = rng.choice(references)
     words = [getattr(thing, name) for name in names] + ([] if "shape" in names else ["thing"])
-    return " ".join(words), thing
+    return Reference(" ".join(words), thing)
 
 
-def _attribute(name: str) -> Callable[[Scene, Chance], Made]:
-    def make(scene: Scene, chance: Chance) -> Made:
-        found = _referred(scene, chance, name)
-        if found is None:
-            return None
-        words, thing = found
-        return {"a": words}, getattr(thing, name), [thing.pair]
-
-    return make
-
-
-def _clear(thing: Thing) -> bool:
-    """Whether it is plain to see which part of the picture a thing is in."""
-    return all(abs(centre - edge / 3) > MARGIN for centre in (thing.x, thing.y) for edge in (1, 2))
-
-
-def _place(scene: Scene, chance: Chance) -> Made:
-    for _ in range(6):
-        found = _referred(scene, chance)
-        if found is not None and _clear(found[1]):
-            return {"a": found[0]}, found[1].place, [found[1].pair]
+def _refer_to_two(scene: Scene, rng: SeededRandom, *hidden: str) -> tuple[Reference, Reference] | None:
+    for _ in range(10):
+        first, second = _refer(scene, rng, *hidden), _refer(scene, rng, *hidden)
+        if first is not None and second is not None and first.thing is not second.thing:
+            return first, second
     return None
 
 
-def _attributes_of_two(*names: str) -> Callable[[Scene, Chance], Made]:
-    def make(scene: Scene, chance: Chance) -> Made:
-        for _ in range(6):
-            name = chance.one(names)
-            found = _two(scene, chance, *(() if name == "place" else (name,)))
-            if found is not None and (name != "place" or all(_clear(thing) for _, thing in found)):
-                (a, first), (b, second) = found
-                answer = f"{getattr(first, name)} and {getattr(second, name)}"
-                return {"a": a, "b": b, "k": name}, answer, [first.pair, second.pair]
+def _draft_of_two(first: Reference, second: Reference, answer: str | bool, **slots: str) -> Draft:
+    """A draft about two things; an answer that is a truth value is said as yes or no."""
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    return Draft({"first": first.text, "second": second.text, **slots}, answer, [first.thing.pair, second.thing.pair])
+
+
+def _attribute(scene: Scene, rng: SeededRandom, name: str) -> Draft | None:
+    reference = _refer(scene, rng, name)
+    if reference is None:
         return None
+    return Draft({"first": reference.text}, getattr(reference.thing, name), [reference.thing.pair])
 
-    return make
 
-
-def _may_ask(scene: Scene, colour: str, shape: str) -> bool:
+def _may_ask(scene: Scene, color: str, shape: str) -> bool:
     """Training must not learn that there never is one of a pair that it is not shown."""
-    return (colour, shape) not in HELD_OUT_PAIRS or bool(scene.find(colour=colour, shape=shape))
+    return (color, shape) not in HELD_OUT_PAIRS or bool(scene.find(colour=color, shape=shape))
 
 
-def _kind(scene: Scene, chance: Chance) -> tuple[dict[str, str], str]:
-    """Attributes of a kind of things, and its plural."""
-    colour, shape = chance.one(tuple(COLOURS)), chance.one(SHAPES)
-    if not _may_ask(scene, colour, shape):
-        return {"colour": colour}, f"{colour} things"
-    return chance.one(
+def _group(scene: Scene, rng: SeededRandom) -> tuple[dict[str, str], str]:
+    """Attributes that a group of things has in common, and the words for the group."""
+    color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
+    if not _may_ask(scene, color, shape):
+        return {"colour": color}, f"{color} things"
+    plural = f"{shape}es" if shape == "cross" else f"{shape}s"
+    return rng.choice(
         (
-            ({"colour": colour}, f"{colour} things"),
-            ({"shape": shape}, _plural(shape)),
-            ({"colour": colour, "shape": shape}, f"{colour} {_plural(shape)}"),
+            ({"colour": color}, f"{color} things"),
+            ({"shape": shape}, plural),
+            ({"colour": color, "shape": shape}, f"{color} {plural}"),
         )
     )
 
 
-def _plural(shape: str) -> str:
-    return f"{shape}es" if shape == "cross" else f"{shape}s"
+def _count(scene: Scene, rng: SeededRandom) -> Draft:
+    if rng.bernoulli(0.3):
+        return Draft({"first": "things"}, str(len(scene.things)), [thing.pair for thing in scene.things])
+    # Of twelve groups the one nearest to a random number of things: most groups are absent from an image.
+    wanted = rng.integer(0, 4)
+    groups = [_group(scene, rng) for _ in range(12)]
+    attributes, text = min(groups, key=lambda group: abs(len(scene.find(**group[0])) - wanted))
+    things = scene.find(**attributes)
+    return Draft({"first": text}, str(len(things)), [thing.pair for thing in things])
 
 
-def _count(scene: Scene, chance: Chance) -> Made:
-    if chance.maybe(0.3):
-        return {"a": "things"}, str(len(scene.things)), [thing.pair for thing in scene.things]
-    # Of several kinds the most frequent: most kinds of a world are absent from a picture.
-    wanted = chance.between(0, 4)
-    kinds = [_kind(scene, chance) for _ in range(12)]
-    attributes, plural = min(kinds, key=lambda kind: abs(len(scene.find(**kind[0])) - wanted))
-    found = scene.find(**attributes)
-    return {"a": plural}, str(len(found)), [thing.pair for thing in found]
-
-
-def _existence(scene: Scene, chance: Chance) -> Made:
-    if chance.maybe():
-        thing = chance.one(scene.things)
-        there = [(thing.colour, thing.shape), (thing.size, thing.shape)]
-        adjective, shape = chance.one(there)
-        return {"a": f"{adjective} {shape}"}, "yes", [thing.pair]
-    # Absent, but like what is there: its colour or its shape occurs.
+def _existence(scene: Scene, rng: SeededRandom) -> Draft:
+    if rng.bernoulli():
+        thing = rng.choice(scene.things)
+        adjective, shape = rng.choice([(thing.colour, thing.shape), (thing.size, thing.shape)])
+        return Draft({"first": f"{adjective} {shape}"}, "yes", [thing.pair])
+    # Absent, but like what is there: its color or its shape occurs.
     absent = [
-        (colour, shape)
-        for colour in COLOURS
+        (color, shape)
+        for color in COLORS
         for shape in SHAPES
-        if _may_ask(scene, colour, shape)
-        and not scene.find(colour=colour, shape=shape)
-        and (scene.find(colour=colour) or scene.find(shape=shape))
+        if _may_ask(scene, color, shape)
+        and not scene.find(colour=color, shape=shape)
+        and (scene.find(colour=color) or scene.find(shape=shape))
     ]
     absent_sizes = [
         (size, shape)
@@ -278,107 +225,197 @@ def _existence(scene: Scene, chance: Chance) -> Made:
         for shape in SHAPES
         if not scene.find(size=size, shape=shape) and scene.find(shape=shape)
     ]
-    adjective, shape = chance.one(absent_sizes if absent_sizes and chance.maybe() else absent)
-    return {"a": f"{adjective} {shape}"}, "no", [(adjective, shape)]
+    adjective, shape = rng.choice(absent_sizes if absent_sizes and rng.bernoulli() else absent)
+    return Draft({"first": f"{adjective} {shape}"}, "no", [(adjective, shape)])
 
 
-def _two(scene: Scene, chance: Chance, *hidden: str) -> tuple[tuple[str, Thing], tuple[str, Thing]] | None:
-    for _ in range(10):
-        first, second = _referred(scene, chance, *hidden), _referred(scene, chance, *hidden)
-        if first is not None and second is not None and first[1] is not second[1]:
-            return first, second
-    return None
-
-
-def _related(scene: Scene, chance: Chance) -> tuple[str, str, str, list[tuple[str, str]]] | None:
-    """Two things in words and how the first stands to the second."""
+def _related(scene: Scene, rng: SeededRandom) -> tuple[Reference, Reference, str] | None:
+    """Two things and the relation of the first to the second."""
     for _ in range(6):
-        found = _two(scene, chance)
-        if found is None:
+        pair = _refer_to_two(scene, rng)
+        if pair is None:
             return None
-        (a, first), (b, second) = found
-        ways = []
-        if abs(first.x - second.x) > CLEARLY:
-            ways.append("left of" if first.x < second.x else "right of")
-        if abs(first.y - second.y) > CLEARLY:
-            ways.append("above" if first.y < second.y else "below")
-        if ways:
-            return a, b, chance.one(ways), [first.pair, second.pair]
+        first, second = pair
+        relations = []
+        if abs(first.thing.x - second.thing.x) > MIN_DISTANCE:
+            relations.append("left of" if first.thing.x < second.thing.x else "right of")
+        if abs(first.thing.y - second.thing.y) > MIN_DISTANCE:
+            relations.append("above" if first.thing.y < second.thing.y else "below")
+        if relations:
+            return first, second, rng.choice(relations)
     return None
 
 
-def _position(scene: Scene, chance: Chance) -> Made:
-    found = _related(scene, chance)
-    if found is None:
+def _position(scene: Scene, rng: SeededRandom) -> Draft | None:
+    related = _related(scene, rng)
+    if related is None:
         return None
-    a, b, relation, about = found
-    if chance.maybe():
-        return {"a": a, "b": b, "r": relation}, "yes", about
-    return {"a": a, "b": b, "r": OPPOSITES[relation]}, "no", about
+    first, second, relation = related
+    holds = rng.bernoulli()
+    return _draft_of_two(first, second, holds, relation=relation if holds else OPPOSITES[relation])
 
 
-def _one_way(asked: str) -> Callable[[Scene, Chance], Made]:
-    def make(scene: Scene, chance: Chance) -> Made:
-        for _ in range(6):
-            found = _related(scene, chance)
-            if found is not None and found[2] in (asked, OPPOSITES[asked]):
-                a, b, relation, about = found
-                return {"a": a, "b": b, "r": asked}, "yes" if asked == relation else "no", about
+def _position_in_one_direction(scene: Scene, rng: SeededRandom, asked: str) -> Draft | None:
+    for _ in range(6):
+        related = _related(scene, rng)
+        if related is not None and related[2] in (asked, OPPOSITES[asked]):
+            first, second, relation = related
+            return _draft_of_two(first, second, asked == relation, relation=asked)
+    return None
+
+
+def _side(scene: Scene, rng: SeededRandom) -> Draft | None:
+    related = _related(scene, rng)
+    if related is None:
         return None
-
-    return make
-
-
-def _side(scene: Scene, chance: Chance) -> Made:
-    found = _related(scene, chance)
-    if found is None:
-        return None
-    a, b, relation, about = found
-    first, second = chance.several((relation, OPPOSITES[relation]), 2)
-    return {"a": a, "b": b, "r": first.removesuffix(" of"), "q": second}, relation.removesuffix(" of"), about
+    first, second, relation = related
+    said, opposite = rng.sample((relation, OPPOSITES[relation]), 2)
+    slots = {"relation": said.removesuffix(" of"), "opposite": opposite}
+    return _draft_of_two(first, second, relation.removesuffix(" of"), **slots)
 
 
-def _compared(scene: Scene, chance: Chance) -> tuple[str, str, str, Thing, Thing] | None:
-    """An attribute, two things in words that do not say it, and the things."""
+def _comparison(scene: Scene, rng: SeededRandom, name_value: bool = False) -> Draft | None:
+    """Whether two things agree in an attribute; with `name_value` the question says the attribute of one of them."""
     # Asked only where both answers can be had: more scenes have things that differ than things that are alike.
-    made: dict[bool, tuple[str, str, str, Thing, Thing]] = {}
+    candidates: dict[bool, tuple[str, Reference, Reference]] = {}
     for _ in range(12):
-        name = chance.one(("colour", "shape", "size"))
-        found = _two(scene, chance, name)
-        if found is not None:
-            (a, first), (b, second) = found
-            made[getattr(first, name) == getattr(second, name)] = name, a, b, first, second
-    return made[chance.maybe()] if len(made) == 2 else None
+        name = rng.choice(("colour", "shape", "size"))
+        pair = _refer_to_two(scene, rng, name)
+        if pair is not None:
+            first, second = pair
+            candidates[getattr(first.thing, name) == getattr(second.thing, name)] = name, first, second
+    if len(candidates) < 2:
+        return None
+    same = rng.bernoulli()
+    name, first, second = candidates[same]
+    slots = {"attribute": name}
+    if name_value:
+        slots["value"] = rng.choice([getattr(reference.thing, name) for reference in (first, second)])
+    return _draft_of_two(first, second, same, **slots)
 
 
-def _comparison(family: str) -> Callable[[Scene, Chance], Made]:
-    def make(scene: Scene, chance: Chance) -> Made:
-        found = _compared(scene, chance)
-        if found is None:
-            return None
-        name, a, b, first, second = found
-        values = getattr(first, name), getattr(second, name)
-        told = chance.one(values) if family == "told" else ""
-        answer = "yes" if values[0] == values[1] else "no"
-        return {"a": a, "b": b, "k": name, "v": told}, answer, [first.pair, second.pair]
-
-    return make
+def _is_clearly_placed(thing: Thing) -> bool:
+    """Whether it is plain to see which of the nine parts of the image a thing is in."""
+    return all(abs(center - border / 3) > MARGIN for center in (thing.x, thing.y) for border in (1, 2))
 
 
-_MAKERS: dict[str, Callable[[Scene, Chance], Made]] = {
-    "colour": _attribute("colour"),
-    "shape": _attribute("shape"),
-    "size": _attribute("size"),
-    "count": _count,
-    "existence": _existence,
-    "position": _position,
-    "side": _side,
-    "same": _comparison("same"),
-    "place": _place,
-    "places": _attributes_of_two("place"),
-    "both": _attributes_of_two("colour", "shape", "size"),
-    "left": _one_way("left of"),
-    "above": _one_way("above"),
-    "alike": _comparison("alike"),
-    "told": _comparison("told"),
-}
+def _place(scene: Scene, rng: SeededRandom) -> Draft | None:
+    for _ in range(6):
+        reference = _refer(scene, rng)
+        if reference is not None and _is_clearly_placed(reference.thing):
+            return Draft({"first": reference.text}, reference.thing.place, [reference.thing.pair])
+    return None
+
+
+def _attributes_of_two(scene: Scene, rng: SeededRandom, names: tuple[str, ...]) -> Draft | None:
+    for _ in range(6):
+        name = rng.choice(names)
+        pair = _refer_to_two(scene, rng, *(() if name == "place" else (name,)))
+        if pair is not None and (name != "place" or all(_is_clearly_placed(reference.thing) for reference in pair)):
+            answer = " and ".join(getattr(reference.thing, name) for reference in pair)
+            return _draft_of_two(*pair, answer, attribute=name)
+    return None
+
+
+_POSITION_WORDINGS = (
+    ("Is the {first} {relation} the {second}?", "Does the picture show the {first} {relation} the {second}?",
+     "Can you see the {first} {relation} the {second}?", "The {first}: is it {relation} the {second}?"),
+    ("Do you see the {first} {relation} the {second}?", "Is it the {first} that is {relation} the {second}?"),
+)  # fmt: skip
+
+# Slots: `first` and `second` are words for things, `attribute` the name of an attribute and `value` one of its values,
+# `relation` and `opposite` opposite directions.
+# Exercises ask for what a comparison must know of each thing, for one direction alone, or name the value that is
+# compared. Of their answers only "no" itself begins with "no", so that none is confused with it (docs/emma-tiny/log.md).
+QUESTION_FAMILIES: dict[str, Family] = {
+    "colour": Family(
+        partial(_attribute, name="colour"),
+        ("What colour is the {first}?", "Which colour does the {first} have?",
+         "What is the colour of the {first}?", "The {first}: what colour is it?",
+         "Tell me the colour of the {first}."),
+        ("Which colour is the {first}?", "The {first} has what colour?"),
+    ),
+    "shape": Family(
+        partial(_attribute, name="shape"),
+        ("What shape is the {first}?", "Which shape does the {first} have?", "What is the shape of the {first}?",
+         "The {first}: what shape is it?", "Tell me the shape of the {first}."),
+        ("Which shape is the {first}?", "The {first} has what shape?"),
+    ),
+    "size": Family(
+        partial(_attribute, name="size"),
+        ("How big is the {first}?", "What size is the {first}?", "Is the {first} small, medium or large?",
+         "What is the size of the {first}?", "Tell me the size of the {first}."),
+        ("Which size is the {first}?", "The {first}: how big is it?"),
+    ),
+    "count": Family(
+        _count,
+        ("How many {first} are there?", "How many {first} does the picture show?", "Count the {first}.",
+         "What is the number of {first}?", "How many {first} can you see?"),
+        ("How many {first} are in the picture?", "Tell me the number of {first}."),
+    ),
+    "existence": Family(
+        _existence,
+        ("Is there a {first}?", "Is there a {first} in the picture?", "Can you see a {first}?",
+         "Does the picture show a {first}?", "Do you see a {first}?"),
+        ("Can you see a {first} in the picture?", "Is a {first} there?"),
+    ),
+    "position": Family(_position, *_POSITION_WORDINGS),
+    "side": Family(
+        _side,
+        ("Is the {first} {relation} or {opposite} the {second}?",
+         "Which is right: the {first} is {relation} or {opposite} the {second}?",
+         "The {first}: is it {relation} or {opposite} the {second}?"),
+        ("Tell me: is the {first} {relation} or {opposite} the {second}?",),
+    ),
+    "same": Family(
+        _comparison,
+        ("Do the {first} and the {second} have the same {attribute}?",
+         "Is the {attribute} of the {first} the same as that of the {second}?",
+         "Are the {first} and the {second} of the same {attribute}?"),
+        ("The {first} and the {second}: do they have the same {attribute}?",),
+    ),
+    "place": Family(
+        _place,
+        ("Where is the {first}?", "Where in the picture is the {first}?", "Where can you see the {first}?"),
+        ("Tell me where the {first} is.", "Where does the picture show the {first}?"),
+        exercise=True,
+    ),
+    "places": Family(
+        partial(_attributes_of_two, names=("place",)),
+        ("Where are the {first} and the {second}?", "Where do you see the {first} and the {second}?"),
+        ("Where can you see the {first} and the {second}?",),
+        exercise=True,
+    ),
+    "both": Family(
+        partial(_attributes_of_two, names=("colour", "shape", "size")),
+        ("What {attribute}s do the {first} and the {second} have?",
+         "What are the {attribute}s of the {first} and the {second}?"),
+        ("Tell me the {attribute}s of the {first} and the {second}.",),
+        exercise=True,
+    ),
+    "left": Family(
+        partial(_position_in_one_direction, asked="left of"), *_POSITION_WORDINGS, exercise=True,
+    ),
+    "above": Family(
+        partial(_position_in_one_direction, asked="above"), *_POSITION_WORDINGS, exercise=True,
+    ),
+    "alike": Family(
+        _comparison,
+        ("The {first} and the {second}: are they of the same {attribute}?",
+         "The {first} and the {second}: is their {attribute} the same?",
+         "The {first} and the {second}: do they share a {attribute}?",
+         "The {first} and the {second}: do they agree in {attribute}?"),
+        ("The {first} and the {second}: are they alike in {attribute}?",),
+        exercise=True,
+    ),
+    "told": Family(
+        partial(_comparison, name_value=True),
+        ("Do the {first} and the {second} both have the {attribute} {value}?",
+         "Is {value} the {attribute} of the {first} and of the {second}?",
+         "Are the {first} and the {second} both of the {attribute} {value}?"),
+        ("The {first} and the {second}: do both have the {attribute} {value}?",),
+        exercise=True,
+    ),
+}  # fmt: skip
+FAMILIES = tuple(name for name, family in QUESTION_FAMILIES.items() if not family.exercise)
+EXERCISES = tuple(name for name, family in QUESTION_FAMILIES.items() if family.exercise)

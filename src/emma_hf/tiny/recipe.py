@@ -1,4 +1,4 @@
-"""Sizes, budgets and settings of all phases of training."""
+"""Sizes, budgets and settings that all phases of training share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import SequentialSampler
-from transformers import (
-    Trainer,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainingArguments
 
 from ..model.compat_emma import WARMUP_SHARE
 from ..training.checkpoints import last_complete_checkpoint
@@ -24,21 +21,24 @@ VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, 
 INSTRUCTION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 3}
 PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
-# Scenes in a group of contrastive learning.
+# Largest number of scenes in a group of contrastive learning.
 GROUP = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train.
+    """Length and learning rates of training. Groups and rows of a step are those of all processes together.
 
     Args:
-        clip_steps: of contrastive learning, of `clip_groups` scenes with their siblings.
-        pictures: of which V is computed and kept, for both stages.
-        pretrain_rows, finetune_rows: of the stages, a picture and what is said about it each.
-        batch_size: rows in a step of the stages.
-
-    Groups and rows of a step are those of all processes together.
+        clip_steps: number of steps of contrastive learning.
+        clip_groups: number of groups in such a step, a scene and others that are like it each.
+        pictures: number of images that both stages train on.
+        pretrain_rows: number of rows of the first stage, an image and its caption each.
+        finetune_rows: number of rows of the second stage, an image and questions about it each.
+        batch_size: number of rows in a step of the stages.
+        clip_rate: highest learning rate of contrastive learning.
+        pretrain_rate: highest learning rate of the first stage.
+        finetune_rate: highest learning rate of the second stage.
     """
 
     clip_steps: int = 9_000
@@ -57,10 +57,10 @@ SMOKE = Budget(
 )
 
 
-class InOrder(Trainer):
-    """Rows in the order of their numbers: none is ever seen twice, so there is nothing to shuffle.
+class SequentialTrainer(Trainer):
+    """`Trainer` with rows in order: no row is seen twice, so there is nothing to shuffle.
 
-    Matrices are trained by Muon, the rest by AdamW at a share of its rate.
+    Muon trains the matrices and AdamW everything else, at a learning rate of `adam_share` times Muon's.
     """
 
     adam_share = 0.5
@@ -78,12 +78,15 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 
-def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int, more: dict) -> TrainingArguments:
+def training_arguments(
+    folder: Path, steps: int, batch_size: int, learning_rate: float, seed: int, overrides: dict
+) -> TrainingArguments:
+    """The arguments of a phase; `batch_size` is that of all processes together."""
     processes = PartialState().num_processes
     values: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size // processes,
-        "learning_rate": rate,
+        "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         WARMUP_SHARE: 0.03,
         "weight_decay": 0.01,
@@ -101,18 +104,16 @@ def _arguments(folder: Path, steps: int, batch_size: int, rate: float, seed: int
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
     }
-    return TrainingArguments(output_dir=str(folder), **{**values, **more})
+    return TrainingArguments(output_dir=str(folder), **{**values, **overrides})
 
 
 def has_fast_bfloat16(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU of these `torch.cpu.get_capabilities()` multiplies in bfloat16.
-
-    Where it does not, float32 was eight times faster.
-    """
+    """Whether a CPU of these `torch.cpu.get_capabilities()` multiplies in bfloat16. On others float32 is faster."""
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
-def _run(trainer: Trainer, folder: Path, unit: str) -> None:
+def run_phase(trainer: Trainer, folder: Path, unit: str) -> None:
+    """Train from the last complete checkpoint, if any, and save the model and the plot of the loss, in `unit`."""
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     trainer.save_model()
     trainer.save_state()

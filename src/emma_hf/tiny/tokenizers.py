@@ -1,4 +1,4 @@
-"""emma-tiny's tokenizers, learned from what is asked and said about scenes."""
+"""emma-tiny's tokenizers, learned from questions about scenes and their answers."""
 
 import gzip
 import json
@@ -13,21 +13,21 @@ from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
 from .questions import caption, caption_question, questions
 from .recipe import INSTRUCTION_MERGES, PROMPT_VOCABULARY, SIDE, VISUAL_TOKENS
 from .rows import TRAIN_SEEDS
-from .scenes import Chance, Scene
+from .scenes import Scene, SeededRandom
 
 
 def _texts(count: int) -> Iterator[tuple[str, str]]:
-    """Everything that is asked and said about some scenes."""
+    """Questions and answers of every family, in all wordings, about `count` scenes."""
     for seed in range(TRAIN_SEEDS - count, TRAIN_SEEDS):
-        scene, chance = Scene.random(seed), Chance(seed)
-        yield caption_question(chance), caption(scene)
+        scene, rng = Scene.random(seed), SeededRandom(seed)
+        yield caption_question(rng), caption(scene)
         for held_out in (False, True):
-            for question in questions(scene, chance, held_out):
+            for question in questions(scene, rng, held_out):
                 yield question.text, question.answer
 
 
 def tiny_processor(folder: Path) -> EmmaProcessor:
-    """The processor with tokenizers of its own, learned from the scenes' words."""
+    """The processor with its own two tokenizers, read from the folder or else learned and saved there."""
     if (folder / "processor_config.json").is_file():
         return EmmaProcessor.from_pretrained(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def tiny_processor(folder: Path) -> EmmaProcessor:
     processor = EmmaProcessor(
         EmmaImageProcessor(size=SIDE, crop_size=SIDE),
         _learn_prompt_tokenizer(
-            [f"{SYSTEM_PROMPT} USER: \n{asked} ASSISTANT: {said}" for asked, said in texts], folder
+            [f"{SYSTEM_PROMPT} USER: \n{question} ASSISTANT: {answer}" for question, answer in texts], folder
         ),
         _learn_instruction_tokenizer([text for pair in texts for text in pair], folder),
         image_seq_length=VISUAL_TOKENS,

@@ -1,22 +1,18 @@
-"""emma-tiny from nothing: its tokenizers, a small CLIP, and EMMA's two stages on top of it.
+"""Training of emma-tiny from nothing: tokenizers, a small CLIP, and EMMA's two stages on top of it.
 
-Everything is learned from [`emma_hf.tiny`]. Each phase leaves its result in the output folder and is skipped where it
-has one; a phase that was killed goes on from its last complete checkpoint.
+All data are scenes of [`emma_hf.tiny`]. Each phase leaves its result in the output folder and is skipped where there is
+one; a phase that was killed continues from its last complete checkpoint.
 """
 
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    CLIPModel,
-    set_seed,
-)
+from transformers import CLIPModel, set_seed
 
 from ..data.conversations import IGNORE_INDEX
 from ..model.compat_emma import core_of
@@ -28,9 +24,9 @@ from ..training.checkpoints import IncompleteCheckpointCallback
 from ..training.plots import figure_class
 from ..training.stages import prepare
 from ..training.trainer import EmmaTrainer
-from .clip import _train_clip
-from .recipe import PROMPT_VOCABULARY, SMOKE, TEXT, Budget, InOrder, _arguments, _run
-from .rows import Rows, SideBySide, vision_features
+from .clip import train_clip
+from .recipe import PROMPT_VOCABULARY, SMOKE, TEXT, Budget, SequentialTrainer, run_phase, training_arguments
+from .rows import PackedQuestionsCollator, TinyEmmaDataset, vision_features
 from .tokenizers import tiny_processor
 
 
@@ -42,18 +38,18 @@ def train_tiny(
     Several processes (torchrun) share the steps of each phase; on a CPU one per core is the fastest.
 
     Args:
-        output: folder of the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`.
-        budget: how long. Default: that of the recipe.
-        seed: of the first weights and the data.
-        compiled: compile the language model for the second stage; it needs a C++ compiler.
-        **arguments: of `TrainingArguments`, for each phase.
+        output: folder for the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`.
+        budget: length and learning rates of training. Default: those of the recipe.
+        seed: seed of the initial weights and the data.
+        compiled: whether to compile the language model for the second stage, which needs a C++ compiler.
+        **arguments: arguments of `TrainingArguments` for every phase.
 
     Returns:
         The folder of the model.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        EmmaError: a step cannot be shared evenly.
+        EmmaError: the rows of a step are no multiple of the number of processes.
     """
     figure_class()
     budget, output = budget or Budget(), Path(output)
@@ -67,11 +63,11 @@ def train_tiny(
     with processes.main_process_first():
         processor = tiny_processor(output / "tokenizers")
     phases = {
-        "clip": lambda: _train_clip(output / "clip", processor, budget, seed, arguments),
+        "clip": lambda: train_clip(output / "clip", processor, budget, seed, arguments),
         "pretrain": lambda: _train_stage("pretrain", output, processor, budget, seed, False, arguments),
         "finetune": lambda: _train_stage("finetune", output, processor, budget, seed, compiled, arguments),
     }
-    seconds = output / "seconds.json"
+    seconds_path = output / "seconds.json"
     for name, phase in phases.items():
         done = output / name / "done"
         if done.is_file():
@@ -80,8 +76,9 @@ def train_tiny(
         phase()
         processes.wait_for_everyone()
         if processes.is_main_process:
-            spent = json.loads(seconds.read_text()) if seconds.is_file() else {}
-            seconds.write_text(json.dumps({**spent, name: round(spent.get(name, 0) + time.time() - start)}))
+            seconds = json.loads(seconds_path.read_text()) if seconds_path.is_file() else {}
+            seconds[name] = round(seconds.get(name, 0) + time.time() - start)
+            seconds_path.write_text(json.dumps(seconds))
             done.touch()
         processes.wait_for_everyone()
     if processes.is_main_process:
@@ -92,38 +89,44 @@ def train_tiny(
     return output / "emma-tiny"
 
 
-class InOrderEmma(InOrder, EmmaTrainer):
-    """[`EmmaTrainer`] in the order of the rows, which does not learn that what is never shown is never right."""
+class SequentialEmmaTrainer(SequentialTrainer, EmmaTrainer):
+    """[`EmmaTrainer`] with rows in order, which does not learn that what is never shown is never right."""
 
     adam_share = 1.0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=cross_entropy_excluding, **kwargs)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Loss of the answers' tokens, without the tokens of `unshown` answers."""
-        self.compute_loss_func = partial(loss_without, inputs.pop("unshown"))
+        """[`cross_entropy_excluding`] of the labels and the `excluded_tokens` beside them."""
+        # `Trainer` passes `labels` on to `compute_loss_func` as they are.
+        inputs["labels"] = inputs["labels"], inputs.pop("excluded_tokens")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def loss_without(
-    unshown: torch.Tensor, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+def cross_entropy_excluding(
+    outputs: Any, labels: tuple[torch.Tensor, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Cross-entropy among all tokens but one.
+    """Cross-entropy of the next token, with one token excluded from the softmax where that is asked for.
 
     Args:
-        unshown: int64 (rows, tokens), the token that takes no part where another is right; negative where all do.
-        outputs: of the model, with `logits`, (rows, tokens, vocabulary).
-        labels: int64 (rows, tokens), not yet moved.
-        num_items_in_batch: by how many tokens the sum is divided; by the labels' own number if None.
+        outputs: outputs of the model, with `logits` (rows, tokens, vocabulary).
+        labels: labels, and at each the excluded token or a negative number; both int64 (rows, tokens), not yet
+            shifted.
+        num_items_in_batch: divisor of the sum. Default: the number of labels that are not ignored.
     """
-    logits, labels, unshown = outputs.logits[:, :-1].float(), labels[:, 1:], unshown[:, 1:, None]
-    logits = logits.masked_fill(unshown == torch.arange(logits.shape[-1], device=logits.device), -math.inf)
+    targets, excluded = (each[:, 1:] for each in labels)
+    logits = outputs.logits[:, :-1].float()
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    logits = logits.masked_fill(excluded[..., None] == vocabulary, -math.inf)
     total = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="sum"
+        logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return total / ((labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+    return total / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaForConditionalGeneration:
-    """EMMA around the towers of a CLIP, its language model at random."""
+    """EMMA with the two towers of the CLIP in a folder and random weights in everything else."""
     set_seed(seed)
     clip = CLIPModel.from_pretrained(folder)
     config = EmmaConfig(
@@ -147,7 +150,7 @@ def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaFor
 
 
 def _train_stage(
-    stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, compiled: bool, more: dict
+    stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, compiled: bool, overrides: dict
 ) -> None:
     if stage == "pretrain":
         model = untrained_tiny(output / "clip", processor, seed)
@@ -163,16 +166,16 @@ def _train_stage(
     model = prepare(model, stage)
     if compiled:
         model.model.language_model.compile(dynamic=False)
-    trainer = InOrderEmma(
+    trainer = SequentialEmmaTrainer(
         model=model,
-        args=_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, more),
-        train_dataset=Rows(stage, features, processor, rows, budget.batch_size, seed),
-        data_collator=SideBySide(processor),
+        args=training_arguments(output / stage, rows // budget.batch_size, budget.batch_size, rate, seed, overrides),
+        train_dataset=TinyEmmaDataset(stage, features, processor, rows, budget.batch_size, seed),
+        data_collator=PackedQuestionsCollator(processor),
         processing_class=processor,
         group_by_modality=False,
         callbacks=[IncompleteCheckpointCallback()],
     )
-    _run(trainer, output / stage, "nats per token")
+    run_phase(trainer, output / stage, "nats per token")
 
 
 __all__ = ["SMOKE", "Budget", "tiny_processor", "train_tiny", "untrained_tiny"]
