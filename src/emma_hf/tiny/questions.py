@@ -326,7 +326,8 @@ _POSITION_WORDINGS = (
 # Slots: `first` and `second` are words for things, `attribute` the name of an attribute and `value` one of its values,
 # `relation` and `opposite` opposite directions.
 # Exercises ask for what a comparison must know of each thing, for one direction alone, or name the value that is
-# compared. Of their answers only "no" itself begins with "no", so that none is confused with it (docs/emma-tiny/log.md).
+# compared. Of their answers only "no" itself begins with "no", so that none is confused with it
+# (docs/emma-tiny/log.md).
 QUESTION_FAMILIES: dict[str, Family] = {
     "colour": Family(
         partial(_attribute, name="colour"),

@@ -1,0 +1,34 @@
+"""What all phases share: rows in order, and bfloat16 where it is fast."""
+
+import pytest
+from torch.utils.data import SequentialSampler
+
+from emma_hf.tiny.recipe import SMOKE, Budget, SequentialTrainer, has_fast_bfloat16, training_arguments
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({"bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_in_it(capabilities, fast):
+    assert has_fast_bfloat16(capabilities) is fast
+
+
+def test_rows_come_in_order_and_matrices_have_their_own_learning_rate(tmp_path, untrained):
+    _, model = untrained
+    args = training_arguments(tmp_path, 60, 8, 1e-3, seed=5, overrides={"bf16": False, "logging_steps": 7})
+    expected = (60, 8, 1e-3, 5, False, 7, 20)
+    given = args.max_steps, args.per_device_train_batch_size, args.learning_rate, args.seed, args.bf16
+    assert (*given, args.logging_steps, args.save_steps) == expected
+    trainer = SequentialTrainer(model=model, args=args, train_dataset=list(range(16)))
+    assert isinstance(trainer._get_train_sampler(), SequentialSampler)
+    rates = [part.param_groups[0]["lr"] for part in trainer.create_optimizer().parts]
+    assert rates == [0.5e-3, 1e-3]
+
+
+def test_the_smoke_budget_is_a_small_one():
+    assert all(getattr(SMOKE, name) <= value for name, value in vars(Budget()).items())
