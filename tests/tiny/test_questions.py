@@ -16,10 +16,10 @@ from emma_hf.tiny.questions import (
     FAMILIES,
     QUESTION_FAMILIES,
     ask,
+    ask_all,
     caption,
     caption_question,
     captioned,
-    questions,
 )
 from emma_hf.tiny.scenes import COLORS, HELD_OUT_PAIRS, SHAPES, SIZES, Scene, SeededRandom
 
@@ -125,7 +125,7 @@ def test_every_answer_is_true(held_out, held_out_wording):
     for seed in SEEDS:
         scene = Scene.random(seed, held_out)
         exercises = (ask(scene, SeededRandom(seed), family, held_out_wording) for family in EXERCISES)
-        for question in [*questions(scene, SeededRandom(seed), held_out_wording), *filter(None, exercises)]:
+        for question in [*ask_all(scene, SeededRandom(seed), held_out_wording), *filter(None, exercises)]:
             assert question.answer == true_answer(scene, question.family, question.text), question
             assert question.held_out_wording == held_out_wording
             asked[question.family] += 1
@@ -133,7 +133,7 @@ def test_every_answer_is_true(held_out, held_out_wording):
 
 
 def test_the_same_seed_gives_the_same_questions_everywhere():
-    asked = [question for seed in range(40) for question in questions(Scene.random(seed), SeededRandom(seed))]
+    asked = [question for seed in range(40) for question in ask_all(Scene.random(seed), SeededRandom(seed))]
     assert (
         hashlib.sha256(repr(asked).encode()).hexdigest()
         == "1121f39db00b522b3969fe772d5250d3ded53d6c4a8c4d08d46d73aeaed3e885"
@@ -142,7 +142,7 @@ def test_the_same_seed_gives_the_same_questions_everywhere():
 
 def test_training_never_asks_about_held_out_pairs():
     for seed in SEEDS:
-        for question in questions(Scene.random(seed), SeededRandom(seed)):
+        for question in ask_all(Scene.random(seed), SeededRandom(seed)):
             assert not question.held_out_pair
             # Nor is one named: a model would learn that there never is one.
             for color, shape in HELD_OUT_PAIRS:
@@ -189,7 +189,7 @@ def test_training_does_not_learn_that_what_it_never_shows_is_wrong():
 
 
 def test_questions_are_fair():
-    asked = [question for seed in range(3000) for question in questions(Scene.random(seed), SeededRandom(seed))]
+    asked = [question for seed in range(3000) for question in ask_all(Scene.random(seed), SeededRandom(seed))]
     for family in ("existence", "position", "same"):
         share = np.mean([question.answer == "Yes" for question in asked if question.family == family])
         assert 0.47 < share < 0.53, family
@@ -212,7 +212,7 @@ def test_a_family_that_a_scene_cannot_answer_has_no_question():
     alone = next(scene for scene in map(Scene.random, SEEDS) if len(scene.things) == 1)
     for family in ("position", "side", "same"):
         assert ask(alone, SeededRandom(0), family) is None
-    assert {question.family for question in questions(alone, SeededRandom(0))} == set(FAMILIES) - {
+    assert {question.family for question in ask_all(alone, SeededRandom(0))} == set(FAMILIES) - {
         "position",
         "side",
         "same",

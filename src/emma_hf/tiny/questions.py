@@ -127,7 +127,7 @@ def ask(scene: Scene, rng: SeededRandom, family: str, held_out_wording: bool = F
     return Question(text + ending, answer, family, held_out_wording, held_out_pair, tuple(excluded))
 
 
-def questions(scene: Scene, rng: SeededRandom, held_out_wording: bool = False) -> list[Question]:
+def ask_all(scene: Scene, rng: SeededRandom, held_out_wording: bool = False) -> list[Question]:
     """One question of every family that the scene allows."""
     asked = (ask(scene, rng, family, held_out_wording) for family in FAMILIES)
     return [question for question in asked if question is not None]

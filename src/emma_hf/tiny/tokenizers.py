@@ -10,7 +10,7 @@ from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_token
 from ..conversion.tokenizers import prompt_tokenizer
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
-from .questions import caption, caption_question, questions
+from .questions import ask_all, caption, caption_question
 from .recipe import INSTRUCTION_MERGES, PROMPT_VOCABULARY, SIDE, VISUAL_TOKENS
 from .rows import TRAIN_SEEDS
 from .scenes import Scene, SeededRandom
@@ -22,7 +22,7 @@ def _texts(count: int) -> Iterator[tuple[str, str]]:
         scene, rng = Scene.random(seed), SeededRandom(seed)
         yield caption_question(rng), caption(scene)
         for held_out in (False, True):
-            for question in questions(scene, rng, held_out):
+            for question in ask_all(scene, rng, held_out):
                 yield question.text, question.answer
 
 
