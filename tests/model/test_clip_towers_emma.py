@@ -8,7 +8,7 @@ from support.models import tiny_config, tiny_inputs, tiny_model
 from transformers import CLIPTextModel, CLIPVisionModel
 
 from emma_hf import EmmaForConditionalGeneration
-from emma_hf.model.compat_emma import core_of
+from emma_hf.model.compat_emma import unwrap_clip_model
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_tower_stops_at_the_hidden_state_that_clip_itself_gives(layer, attenti
 
 def test_the_layers_behind_the_selected_one_run_only_when_all_hidden_states_are_asked_for(tiny):
     ran = []
-    for index, layer in enumerate(core_of(tiny.model.vision_tower).encoder.layers):
+    for index, layer in enumerate(unwrap_clip_model(tiny.model.vision_tower).encoder.layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     inputs = tiny_inputs(tiny)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_weights_that_a_checkpoint_lacks_begin_as_those_of_clip():
     torch.manual_seed(0)
     loaded = EmmaForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
     for tower in ("vision_tower", "instruction_encoder"):
-        layers = [core_of(getattr(model.model, tower)).encoder.layers[0] for model in (made, loaded)]
+        layers = [unwrap_clip_model(getattr(model.model, tower)).encoder.layers[0] for model in (made, loaded)]
         for name in ("self_attn.out_proj", "self_attn.q_proj", "mlp.fc1", "mlp.fc2"):
             one, other = (layer.get_submodule(name).weight.std().item() for layer in layers)
             # Of 512 numbers at least: their spread is within a tenth of that of the distribution.

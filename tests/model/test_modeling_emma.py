@@ -10,7 +10,7 @@ from support.recorded import AUTHORS_VOCABULARY, GRADIENTS, authors_loss, record
 from torch.nn import functional
 
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration, EmmaModel
-from emma_hf.model.compat_emma import CACHE_NAME, core_of
+from emma_hf.model.compat_emma import CACHE_NAME, unwrap_clip_model
 
 RECORDED = ["single", "single_two_lines", "unicode", "multi_image", "history"]
 
@@ -42,8 +42,13 @@ def test_logits_equal_the_recorded_ones(converted, cases, name, attention):
     model = EmmaForConditionalGeneration.from_pretrained(
         converted, dtype=torch.float32, attn_implementation=attention
     ).eval()
-    assert core_of(model.model.vision_tower).encoder.layers[0].self_attn.config._attn_implementation == attention
-    assert core_of(model.model.instruction_encoder).encoder.layers[0].self_attn.config._attn_implementation == attention
+    assert (
+        unwrap_clip_model(model.model.vision_tower).encoder.layers[0].self_attn.config._attn_implementation == attention
+    )
+    assert (
+        unwrap_clip_model(model.model.instruction_encoder).encoder.layers[0].self_attn.config._attn_implementation
+        == attention
+    )
     assert model.model.language_model.config._attn_implementation == attention
     with torch.no_grad():
         logits = model(**recorded_inputs(cases, name)).logits
@@ -200,7 +205,7 @@ def test_no_layer_beyond_the_selected_one_is_computed(model, cases):
     ran = []
     handles = []
     for name, tower in (("vision", model.model.vision_tower), ("instruction", model.model.instruction_encoder)):
-        for index, layer in enumerate(core_of(tower).encoder.layers):
+        for index, layer in enumerate(unwrap_clip_model(tower).encoder.layers):
             handles.append(layer.register_forward_hook(lambda *_, mark=(name, index): ran.append(mark)))
     with torch.no_grad():
         model.get_image_features(cases["single.pixel_values"], cases["single.instruction_input_ids"])
@@ -229,7 +234,9 @@ def test_frozen_towers_keep_no_graph_where_embeddings_are_made_to_require_gradie
     towers = (model.model.vision_tower, model.model.instruction_encoder)
     for tower in towers:
         tower.requires_grad_(False)
-        core_of(tower).embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+        unwrap_clip_model(tower).embeddings.register_forward_hook(
+            lambda _module, _inputs, output: output.requires_grad_(True)
+        )
     inputs = tiny_inputs(model)
     assert not model.get_vision_features(inputs["pixel_values"]).requires_grad
     assert not model.get_instruction_features(inputs["instruction_input_ids"]).requires_grad
@@ -241,9 +248,9 @@ def test_gradients_reach_a_tower_that_is_trained_and_pixels_that_ask_for_them():
     pixels = inputs["pixel_values"].requires_grad_()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert pixels.grad.abs().sum() > 0
-    assert core_of(model.model.vision_tower).encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert unwrap_clip_model(model.model.vision_tower).encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
     # The layer behind the selected one takes no part.
-    assert core_of(model.model.vision_tower).encoder.layers[3].mlp.fc1.weight.grad is None
+    assert unwrap_clip_model(model.model.vision_tower).encoder.layers[3].mlp.fc1.weight.grad is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

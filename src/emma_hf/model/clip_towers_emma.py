@@ -5,14 +5,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from .compat_emma import clip_causal_mask, clip_layer, core_of, register_tower_names
+from .compat_emma import clip_causal_mask, clip_layer, register_tower_names, unwrap_clip_model
 
 
 class EmmaVisionTower(CLIPVisionModel):
     """CLIP's vision tower. The layers behind the selected one run only where all hidden states are asked for.
 
     Args:
-        config: of the tower.
+        config: config of the tower.
         feature_layer: index into its hidden states, which are the embeddings and the output of each layer.
     """
 
@@ -48,7 +48,7 @@ class EmmaVisionTower(CLIPVisionModel):
                 pixel_values, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
             )
             return _at_layer(outputs, self.feature_layer, output_hidden_states)
-        core = core_of(self)
+        core = unwrap_clip_model(self)
         hidden_states = core.pre_layrnorm(core.embeddings(pixel_values))
         for layer in core.encoder.layers[: self.feature_layer]:
             hidden_states = clip_layer(layer, hidden_states, mask=None, causal=False)
@@ -59,7 +59,7 @@ class EmmaInstructionEncoder(CLIPTextModel):
     """CLIP's text encoder, under a causal mask alone: padding is read like any other token, as the authors do.
 
     Args:
-        config: of the encoder.
+        config: config of the encoder.
         feature_layer: index into its hidden states, which are the embeddings and the output of each layer.
     """
 
@@ -95,7 +95,7 @@ class EmmaInstructionEncoder(CLIPTextModel):
                 input_ids, output_hidden_states=True, output_attentions=output_attentions, return_dict=True
             )
             return _at_layer(outputs, self.feature_layer, output_hidden_states)
-        core = core_of(self)
+        core = unwrap_clip_model(self)
         hidden_states = core.embeddings(input_ids=input_ids)
         mask = clip_causal_mask(self.config, hidden_states)
         for layer in core.encoder.layers[: self.feature_layer]:

@@ -1,4 +1,4 @@
-"""The only place that knows Transformers versions. Each entry says at which version it can go.
+"""What depends on the version of Transformers, all of it; each entry says with which version it goes.
 
 The package runs on Transformers 4.57 and 5.x. Everything else in it is written as if there were one version.
 """
@@ -90,7 +90,7 @@ def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def core_of(tower: nn.Module) -> nn.Module:
+def unwrap_clip_model(tower: nn.Module) -> nn.Module:
     """The module that holds a CLIP tower's embeddings and layers: one level down in 4.57. Goes with 4.57."""
     return getattr(tower, "vision_model", None) or getattr(tower, "text_model", None) or tower
 

@@ -299,7 +299,7 @@ def _token_product(
 
     Args:
         matrix: A, of at least as many rows and columns as are used; those beyond are zeros.
-        rows: of the result.
+        rows: number of rows of the result.
         first: x (images, tokens, width).
         second: y (images, tokens, width).
         bias: (rows,), with `second`.
@@ -424,10 +424,10 @@ def token_gradient(grad: torch.Tensor, weight: torch.Tensor, start: int, stop: i
     """Gradient of the tokens `start` to `stop` of [V ; P]: (images, stop - start, width), contiguous.
 
     Args:
-        grad: of F, (images, N, width).
+        grad: gradient of F, (images, N, width).
         weight: Wa (N, N + T).
         start: first token.
-        stop: one behind the last.
+        stop: one after the last token.
     """
     if _in_kernels(grad):
         return _token_product(_aligned(weight)[:, start:].t(), stop - start, grad)

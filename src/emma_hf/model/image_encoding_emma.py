@@ -1,4 +1,4 @@
-"""Pictures as far as they can be encoded before anything is asked about them."""
+"""Images as far as they can be encoded before anything is asked about them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .fusion_emma import is_unmodified_linear
 
 
 class EmmaImageEncoding:
-    """Encoded pictures that any number of questions can be asked about; made by `model.encode_image`.
+    """Encoded images that any number of questions can be asked about; made by `model.encode_image`.
 
     Visual tokens V do not depend on the question, and what follows is linear up to the projector's activation:
 
@@ -36,16 +36,16 @@ class EmmaImageEncoding:
 
     @torch.no_grad()
     def image_features(self, instruction_input_ids: torch.Tensor) -> torch.Tensor:
-        """Z for one question per picture, for one question about all pictures, or for many about one picture.
+        """Z for one question per image, for one question about all images, or for many about one image.
 
         Args:
-            instruction_input_ids: (images or 1, instruction_length), or (questions, instruction_length) of one picture.
+            instruction_input_ids: (images or 1, instruction_length), or (questions, instruction_length) of one image.
 
         Returns:
             (images or questions, N, text width): `image_features` of `forward` and `generate`.
 
         Raises:
-            EmmaError: rows that are neither one, nor as many as the pictures, nor about one picture; or see
+            EmmaError: rows that are neither one, nor as many as the images, nor about one image; or see
                 `get_instruction_features`.
         """
         images, questions = len(self), instruction_input_ids.shape[0]
@@ -68,7 +68,7 @@ class EmmaImageEncoding:
         return projector.linear_2(projector.act(self._projected + weight.to(words) @ words))
 
     def _project(self) -> torch.Tensor:
-        """The part of the projector's first layer that comes from the pictures, (images, N, text width)."""
+        """The part of the projector's first layer that comes from the images, (images, N, text width)."""
         adaptation = self.model.modality_adaptation
         alignment, tokens = adaptation.visual_alignment, self.vision_features.shape[1]
         features = self.vision_features.to(alignment.weight.device, alignment.weight.dtype)

@@ -1,4 +1,4 @@
-"""Image processor of EMMA: pictures of any kind to CLIP's pixels, padded to a square first."""
+"""Image processor of EMMA: images of any kind to CLIP's pixels, padded to a square first."""
 
 import base64
 import binascii
@@ -25,29 +25,29 @@ logger = logging.getLogger(__name__)
 # Keywords of other image processors that say nothing about the pixels here.
 IGNORED_KEYWORDS = {"device", "disable_grouping", "default_to_square", "image_seq_length", "input_data_format"}
 
-# Rows are widened to the square in strips of about this many pixels: a tall picture never needs the whole square.
+# Rows are widened to the square in strips of about this many pixels: a tall image never needs the whole square.
 STRIP_PIXELS = 1 << 22
 
 
 class EmmaImageProcessor(BaseImageProcessor):
-    """Pad to a square with the mean color, resize, crop and normalise, as the authors' `process_images` does.
+    """Pad to a square with the mean color, resize, crop and normalize, as the authors' `process_images` does.
 
-    A picture may be a PIL image (taken as it is), a path, a URL, a data URL or bytes (turned upright by their EXIF
+    An image may be a PIL image (taken as it is), a path, a URL, a data URL or bytes (turned upright by their EXIF
     tag, as Transformers' `load_image` does), an array or a tensor.
 
     - Everything that Pillow opens becomes RGB as `Image.convert("RGB")` does it, so transparency is dropped, and of an
-      animation the current frame counts. 16-bit and floating-point greyscale are scaled to 8 bits; the authors' code
+      animation the current frame counts. 16-bit and floating-point grayscale are scaled to 8 bits; the authors' code
       clips them to white. (From a URL they come clipped, by `load_image`.)
     - Arrays are (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels. Where
       both readings fit, a numpy array has its channels last and a tensor first; `input_data_format` decides otherwise.
       Integers are 0 to 255 (`uint16`: 0 to 65535), floats 0 to 1 or 0 to 255.
 
     Args:
-        do_pad: pad to a square around the centre before resizing (the released setting).
+        do_pad: pad to a square around the center before resizing (the released setting).
         do_resize: resize the shorter side to `size`.
         size: `{"shortest_edge": pixels}`, or `{"height": pixels, "width": pixels}`.
         resample: Pillow's filter, 3 for bicubic.
-        do_center_crop: crop the centre, with black where the picture is smaller.
+        do_center_crop: crop the center, with black where the image is smaller.
         crop_size: `{"height": pixels, "width": pixels}`.
         do_rescale: multiply by `rescale_factor`.
         rescale_factor: 1/255.
@@ -100,20 +100,20 @@ class EmmaImageProcessor(BaseImageProcessor):
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """Prepare pictures.
+        """Prepare images.
 
         Args:
-            images: one picture, or a list of them, or a list of such lists; the order is kept.
+            images: one image, or a list of them, or a list of such lists; the order is kept.
             return_tensors: `"pt"` or `"np"`; default: a list of arrays.
             data_format: `"channels_first"` or `"channels_last"`, of the result.
             input_data_format: the same, of arrays and tensors given.
             **overrides: any argument of the constructor, for this call.
 
         Returns:
-            `pixel_values`, float32 (pictures, 3, height, width).
+            `pixel_values`, float32 (images, 3, height, width).
 
         Raises:
-            EmmaError: a picture that cannot be read, is truncated, has no pixels or too many, or an array of a wrong
+            EmmaError: an image that cannot be read, is truncated, has no pixels or too many, or an array of a wrong
                 shape, dtype or range.
             FileNotFoundError: a path that does not exist.
         """
@@ -139,7 +139,7 @@ class EmmaImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read what is named by paths and URLs; pictures, and the shape of nested lists, stay."""
+        """Read what is named by paths and URLs; images, and the shape of nested lists, stay."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         is_name = isinstance(image_url_or_urls, (str, os.PathLike, bytes))
@@ -176,7 +176,7 @@ class EmmaImageProcessor(BaseImageProcessor):
 
 
 def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
-    """One RGB picture to float32 (3, height, width)."""
+    """One RGB image to float32 (3, height, width)."""
     color = tuple(int(value * 255) for value in settings["image_mean"])
     if settings["do_resize"]:
         resample, size = settings["resample"], settings["size"]
@@ -200,7 +200,7 @@ def _pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
 
 
 def _pad_and_resize(image: Image.Image, size: tuple[int, int], resample: int, color: tuple[int, ...]) -> Image.Image:
-    """`image` padded to a square around its centre, then resized to `size`, without making the square.
+    """`image` padded to a square around its center, then resized to `size`, without making the square.
 
     Pillow resizes rows first and columns second, with 8 bits in between. Doing the two steps apart gives the same
     pixels, and the rows that are only padding need no resizing.
@@ -279,7 +279,7 @@ def _to_rgb(image: Any, input_data_format: str | None) -> Image.Image:
     try:
         if image.mode.startswith("I") or image.mode == "F":
             return _deep_to_rgb(image)
-        # Decoding is what can fail, and it happens in place; an RGB picture needs no copy.
+        # Decoding is what can fail, and it happens in place; an RGB image needs no copy.
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except OSError as error:
@@ -287,7 +287,7 @@ def _to_rgb(image: Any, input_data_format: str | None) -> Image.Image:
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and floating-point greyscale, scaled to 8 bits."""
+    """16-bit, 32-bit and floating-point grayscale, scaled to 8 bits."""
     values = np.asarray(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and values.max() > 255):
         values = values.astype(np.int64)
@@ -351,7 +351,7 @@ def _check_range(array: np.ndarray, largest: int) -> None:
 
 
 def _open(image: str | os.PathLike | bytes) -> Image.Image:
-    """Read a picture from where it is, upright."""
+    """Read an image from where it is, upright."""
     shown = f"{len(image)} bytes" if isinstance(image, bytes) else repr(str(image)[:200])
     try:
         if isinstance(image, bytes):

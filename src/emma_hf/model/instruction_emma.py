@@ -1,4 +1,4 @@
-"""Which text is a picture's instruction, and the ids that CLIP's text encoder gets for it."""
+"""Which text is an image's instruction, and the ids that CLIP's text encoder gets for it."""
 
 import html
 import re
@@ -24,7 +24,7 @@ try:
 except ImportError:
     regex = None
 
-# A typed `<image>` that is words, not a picture, carries this private-use character behind its first letter, so that a
+# A typed `<image>` that is words, not an image, carries this private-use character behind its first letter, so that a
 # rendered prompt still tells the two apart. The processor takes it out again before anything is encoded.
 PLACEHOLDER_ESCAPE = "\U000f0002"
 
@@ -75,7 +75,7 @@ def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: in
     whatever the tokenizer's own padding is, since every position has a weight in EMMA.
 
     Args:
-        tokenizer: CLIP's tokenizer in Transformers, fast or slow; its normaliser, padding and special spellings are
+        tokenizer: CLIP's tokenizer in Transformers, fast or slow; its normalizer, padding and special spellings are
             not used.
         text: the instruction as written.
         length: number of ids.
@@ -111,10 +111,10 @@ def instruction_from_turn(text: str, image_token: str = "<image>") -> str:
 def instructions_from_prompt(
     prompt: str, image_token: str = "<image>", instruction_turn: str = "image", end_token: str | None = "</s>"
 ) -> list[str]:
-    """The instruction of each picture in a rendered prompt, in the order of the placeholders.
+    """The instruction of each image in a rendered prompt, in the order of the placeholders.
 
-    A turn reaches from the last `USER:` before the picture to the ` ASSISTANT:` behind it; a text without roles is one
-    turn. A turn of pictures alone takes the words of the next user turn. An answer, whatever it says, is not read: it
+    A turn reaches from the last `USER:` before the image to the ` ASSISTANT:` behind it; a text without roles is one
+    turn. A turn of images alone takes the words of the next user turn. An answer, whatever it says, is not read: it
     ends at the `end_token`, or in a prompt that has none at the next `USER:`.
 
     Raises:
@@ -157,9 +157,9 @@ def _outside_answers(prompt: str, end_token: str | None) -> list[tuple[int, int]
 def instructions_from_messages(
     messages: list[dict[str, Any]], image_token: str = "<image>", instruction_turn: str = "image"
 ) -> list[str]:
-    """The instruction of each picture in chat messages, in their order.
+    """The instruction of each image in chat messages, in their order.
 
-    Content that is a string is a bare prompt: `image_token` in it is a picture. In a list of parts the pictures are the
+    Content that is a string is a bare prompt: `image_token` in it is an image. In a list of parts the images are the
     parts of type `image` or `image_url`, the text parts are joined, and `image_token` in them is words. Only the user's
     turns are read.
 
@@ -234,7 +234,7 @@ def training_instruction(
     Args:
         conversation: messages `{"from": "human" | "gpt", "value": text}`.
         tokenizer: the instruction tokenizer, which decides the shortest.
-        image_token: the placeholder of a picture.
+        image_token: the placeholder of an image.
         length: ids per instruction.
 
     Raises:
@@ -266,7 +266,7 @@ def _without_placeholders(text: str, image_token: str) -> str:
 
 
 def escape_placeholders(text: str, image_token: str = "<image>") -> str:
-    """Mark each `image_token` in `text` as words, so that it does not count as a picture."""
+    """Mark each `image_token` in `text` as words, so that it does not count as an image."""
     return text.replace(image_token, _escaped(image_token))
 
 
@@ -291,7 +291,7 @@ def _is_last(instruction_turn: str) -> bool:
 
 
 def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    # The merges alone: the tokenizer's own pipeline would normalise the text once more, which open_clip does not.
+    # The merges alone: the tokenizer's own pipeline would normalize the text once more, which open_clip does not.
     letters = "".join(_BYTE_LETTERS[byte] for byte in word.encode("utf-8", errors="replace"))
     if tokenizer.is_fast:
         return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]

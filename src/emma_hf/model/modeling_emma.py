@@ -40,9 +40,9 @@ from .clip_towers_emma import EmmaInstructionEncoder, EmmaVisionTower
 from .compat_emma import (
     HEAD_TP_PLAN,
     TIED_WEIGHTS_KEYS,
-    core_of,
     keep_nested_names_on_save,
     tower_key_mapping,
+    unwrap_clip_model,
 )
 from .configuration_emma import EmmaConfig
 from .errors_emma import EmmaError
@@ -287,9 +287,9 @@ class EmmaModel(EmmaPreTrainedModel):
         """
         check_instruction_ids(self.config, instruction_input_ids)
         encoder = self.instruction_encoder
-        weight = core_of(encoder).embeddings.token_embedding.weight
+        weight = unwrap_clip_model(encoder).embeddings.token_embedding.weight
         instruction_input_ids = instruction_input_ids.to(execution_device(weight, instruction_input_ids))
-        # One question about several pictures is read once.
+        # One question about several images is read once.
         instruction_input_ids, rows = unique_rows(instruction_input_ids)
         with torch.set_grad_enabled(needs_grad(encoder)):
             hidden_states = encoder(instruction_input_ids).last_hidden_state
@@ -298,7 +298,7 @@ class EmmaModel(EmmaPreTrainedModel):
         return hidden_states if rows is None else hidden_states[rows]
 
     def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
-        """Encode pictures once, for any number of questions about them.
+        """Encode images once, for any number of questions about them.
 
         Args:
             pixel_values: (images, 3, height, width), floating point, as the image processor makes them.
@@ -372,7 +372,7 @@ class EmmaModel(EmmaPreTrainedModel):
         Args:
             input_ids: (batch, tokens), or None where only embeddings are known.
             inputs_embeds: (batch, tokens, text width).
-            image_features: (images, N, text width), or None where the batch has no picture.
+            image_features: (images, N, text width), or None where the batch has no image.
 
         Returns:
             (batch, tokens) boolean, as many true as there are visual tokens.
@@ -446,20 +446,7 @@ class EmmaModel(EmmaPreTrainedModel):
         image_outputs = self._resolve_image_features(
             pixel_values, instruction_input_ids, vision_features, image_features, **kwargs
         )
-        if image_outputs is not None:
-            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_outputs.pooler_output = image_features
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
-        elif inputs_embeds.shape[1] > 1:
-            # A decoding step is one token, never a placeholder: checking it would only stall the device.
-            if input_ids is not None:
-                self.get_placeholder_mask(input_ids, inputs_embeds, None)
-            # Where only the vision path is trained, the loss of a batch without images would have no graph.
-            no_graph = self.training and not any(p.requires_grad for p in self.language_model.parameters())
-            if no_graph or requires_synced_forward(self):
-                inputs_embeds = inputs_embeds + self._dummy_image_features(inputs_embeds).sum().to(inputs_embeds)
-
+        inputs_embeds = self._insert_image_features(input_ids, inputs_embeds, image_outputs)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -504,6 +491,29 @@ class EmmaModel(EmmaPreTrainedModel):
         )
         return BaseModelOutputWithPooling(pooler_output=image_features)
 
+    def _insert_image_features(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_outputs: BaseModelOutputWithPooling | None,
+    ) -> torch.Tensor:
+        """Embeddings (batch, tokens, text width) whose placeholders are Z, which takes their device and dtype."""
+        if image_outputs is not None:
+            image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_outputs.pooler_output = image_features
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        if inputs_embeds.shape[1] == 1:
+            # A decoding step is one token, never a placeholder: checking it would only stall the device.
+            return inputs_embeds
+        if input_ids is not None:
+            self.get_placeholder_mask(input_ids, inputs_embeds, None)
+        # Where only the vision path is trained, the loss of a batch without images would have no graph.
+        no_graph = self.training and not any(p.requires_grad for p in self.language_model.parameters())
+        if no_graph or requires_synced_forward(self):
+            inputs_embeds = inputs_embeds + self._dummy_image_features(inputs_embeds).sum().to(inputs_embeds)
+        return inputs_embeds
+
     def _dummy_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """No visual tokens, (0, N, text width), computed from a black image.
 
@@ -525,7 +535,7 @@ class EmmaModel(EmmaPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         check_pixel_values(self.config, pixel_values)
         tower = self.vision_tower
-        weight = core_of(tower).embeddings.patch_embedding.weight
+        weight = unwrap_clip_model(tower).embeddings.patch_embedding.weight
         pixel_values = pixel_values.to(device=execution_device(weight, pixel_values), dtype=weight.dtype)
         with torch.set_grad_enabled(needs_grad(tower, pixel_values)):
             return tower(pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions)
@@ -536,7 +546,7 @@ class EmmaModel(EmmaPreTrainedModel):
 
 
 class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
-    """EMMA with its language modelling head: answers questions about pictures."""
+    """EMMA with its language modelling head: answers questions about images."""
 
     _tied_weights_keys = TIED_WEIGHTS_KEYS
     _tp_plan = HEAD_TP_PLAN
@@ -559,7 +569,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         return self.model.get_instruction_features(instruction_input_ids)
 
     def encode_image(self, pixel_values: torch.Tensor) -> EmmaImageEncoding:
-        """Pictures encoded once, for any number of questions; see [`EmmaModel.encode_image`]."""
+        """Images encoded once, for any number of questions; see [`EmmaModel.encode_image`]."""
         return self.model.encode_image(pixel_values)
 
     def get_image_features(
@@ -599,7 +609,6 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
 
         >>> from PIL import Image
         >>> from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-
         >>> processor = EmmaProcessor.from_pretrained(EMMA_TINY)
         >>> model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY)
         >>> prompt = "USER: <image>\\nDescribe the picture. ASSISTANT:"
@@ -638,7 +647,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     # `generate` reads from its signature which inputs it may pass; those of the running version are all right.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Inputs of one generation step. A picture goes in exactly where the step's tokens hold its placeholders."""
+        """Inputs of one generation step. An image goes in exactly where the step's tokens hold its placeholders."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         images = {name: value for name, value in images.items() if value is not None}
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
@@ -674,7 +683,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor | None, dict[str, Any]]:
-        """Repeat each row for its beams or samples. Pictures are encoded first, once, and repeated row by row."""
+        """Repeat each row for its beams or samples. Images are encoded first, once, and repeated row by row."""
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         if expand_size > 1 and any(value.shape[0] for value in images.values()):
             if "image_features" not in images:

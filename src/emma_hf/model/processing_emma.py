@@ -1,4 +1,4 @@
-"""Processor of EMMA: pictures, the prompt, and for each picture the instruction that goes with it."""
+"""Processor of EMMA: images, the prompt, and for each image the instruction that goes with it."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-# The `vicuna_v1` conversation (LLaVA-1.5): a turn's pictures first, each followed by a line break, then its words.
+# The `vicuna_v1` conversation (LLaVA-1.5): a turn's images first, each followed by a line break, then its words.
 CHAT_TEMPLATE = """\
 {%- macro words(content) -%}
     {%- if content is string -%}{{ content }}
@@ -66,17 +66,17 @@ PROMPT_KWARGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 
 
 class EmmaProcessor(ProcessorMixin):
-    """Prepares pictures, prompts and instructions for [`EmmaForConditionalGeneration`].
+    """Prepares images, prompts and instructions for [`EmmaForConditionalGeneration`].
 
     Args:
         image_processor: an [`EmmaImageProcessor`].
         tokenizer: the language model's tokenizer, which knows `image_token` as one token.
         instruction_tokenizer: CLIP's tokenizer, for the text encoder that reads the instruction.
         chat_template: Jinja template of a conversation. Default: `vicuna_v1`.
-        image_token: placeholder of a picture in a prompt.
-        image_seq_length: visual tokens per picture, so placeholder ids per `image_token`.
+        image_token: placeholder of an image in a prompt.
+        image_seq_length: visual tokens per image, so placeholder ids per `image_token`.
         instruction_length: ids per instruction, padding included.
-        instruction_turn: whose words are a picture's instruction: `"image"`, the user turn that holds it (a chat then
+        instruction_turn: whose words are an image's instruction: `"image"`, the user turn that holds it (a chat then
             keeps its cache), or `"last"`, the latest user turn.
 
     Raises:
@@ -146,49 +146,35 @@ class EmmaProcessor(ProcessorMixin):
         """Prepare a batch.
 
         Args:
-            images: pictures as PIL images, arrays, tensors, paths, URLs, data URLs or bytes: one, a list in the order
+            images: images as PIL images, arrays, tensors, paths, URLs, data URLs or bytes: one, a list in the order
                 of the placeholders, or a list per prompt.
-            text: prompts that hold one `image_token` for each picture, or one prompt.
-            instructions: what is asked about each picture. Default: the words around it in its prompt. One string for
-                all, a list with one per prompt (with a single prompt one per picture), or a list per prompt.
+            text: prompts that hold one `image_token` for each image, or one prompt.
+            instructions: what is asked about each image. Default: the words around it in its prompt. One string for
+                all, a list with one per prompt (with a single prompt one per image), or a list per prompt.
             **kwargs: of the tokenizer (`padding`, `padding_side`, `max_length`, `truncation`, `add_special_tokens`,
                 `return_tensors`, …; for the prompt, never for the instruction) and of the image processor.
 
         Returns:
-            `input_ids` and `attention_mask` (batch, tokens), `pixel_values` (pictures, 3, height, width) and
-            `instruction_input_ids` (pictures, instruction_length), each where its input is given.
+            `input_ids` and `attention_mask` (batch, tokens), `pixel_values` (images, 3, height, width) and
+            `instruction_input_ids` (images, instruction_length), each where its input is given.
 
         Raises:
-            EmmaError: placeholders, pictures and instructions that differ in number, truncation that would cut a
-                picture, a picture that cannot be read.
+            EmmaError: placeholders, images and instructions that differ in number, truncation that would cut a
+                image, an image that cannot be read.
             FileNotFoundError: a path that does not exist.
 
         Example:
-
         >>> from PIL import Image
         >>> from emma_hf import EMMA_TINY, EmmaProcessor
-
         >>> processor = EmmaProcessor.from_pretrained(EMMA_TINY)
         >>> prompt = "USER: <image>\\nWhat color is the star? ASSISTANT:"
         >>> inputs = processor(images=Image.new("RGB", (64, 64), "red"), text=prompt, return_tensors="pt")
         >>> sorted(inputs)
         ['attention_mask', 'input_ids', 'instruction_input_ids', 'pixel_values']
-        >>> tuple(inputs["instruction_input_ids"].shape) == (1, processor.instruction_length)
-        True
         """
         if text is None and images is None:
             raise EmmaError("Pass `text`, `images` or both: got neither.")
-        # The marks of `sanitize_control_tokens` are understood wherever they stand.
-        kwargs.pop("sanitize_control_tokens", None)
-        merged = self._merge_kwargs(
-            ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
-        )
-        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
-        text_kwargs.update({name: merged[name] for name in PROMPT_KWARGS if name in merged})
-        return_tensors = text_kwargs.pop("return_tensors", None)
-        images_kwargs.pop("return_tensors", None)
-
+        text_kwargs, images_kwargs, return_tensors = self._split_kwargs(kwargs)
         data: dict[str, Any] = {}
         prompts = None if text is None else self._check_prompts(text)
         if prompts is not None:
@@ -198,7 +184,6 @@ class EmmaProcessor(ProcessorMixin):
         elif images is not None:
             images = [image for row in _rows_of(images) for image in row]
             counts = [len(images)]
-
         rows = self._resolve_instructions(instructions, prompts, counts)
         if images:
             data["pixel_values"] = self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
@@ -206,17 +191,29 @@ class EmmaProcessor(ProcessorMixin):
             ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
             data["instruction_input_ids"] = torch.tensor(ids)
         if return_tensors != "pt":
-            for name in ("pixel_values", "instruction_input_ids"):
-                if name in data:
-                    data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
+            for name in {"pixel_values", "instruction_input_ids"} & data.keys():
+                data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
         if return_tensors is not None and text is not None:
             _check_rectangular(data["input_ids"])
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _split_kwargs(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+        """Keywords of the tokenizer, keywords of the image processor, and `return_tensors`."""
+        # The marks of `sanitize_control_tokens` are understood wherever they stand.
+        kwargs.pop("sanitize_control_tokens", None)
+        merged = self._merge_kwargs(
+            ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
+        )
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
+        text_kwargs.update({name: merged[name] for name in PROMPT_KWARGS if name in merged})
+        images_kwargs.pop("return_tensors", None)
+        return text_kwargs, images_kwargs, text_kwargs.pop("return_tensors", None)
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Render messages, and with `tokenize=True` prepare them; see `ProcessorMixin.apply_chat_template`.
 
-        The instruction of each picture comes from the messages themselves (an explicit `instructions=` wins). The
+        The instruction of each image comes from the messages themselves (an explicit `instructions=` wins). The
         placeholder written as words in a text part, or by anybody but the user, stays words.
         """
         batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
@@ -234,7 +231,7 @@ class EmmaProcessor(ProcessorMixin):
                     for messages in (conversation if batched else [conversation])
                 ]
                 if not any(instructions):
-                    # A template may place pictures that no message holds; their instructions are in its prompt.
+                    # A template may place images that no message holds; their instructions are in its prompt.
                     instructions = None
             kwargs = chat_template_kwargs(kwargs, instructions=instructions)
         return super().apply_chat_template(
@@ -269,7 +266,7 @@ class EmmaProcessor(ProcessorMixin):
         return [unmark_control_tokens(prompt) for prompt in prompts]
 
     def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
-        """The pictures in one list, after each prompt was seen to have its own."""
+        """The images in one list, after each prompt was seen to have its own."""
         rows: list[list[Any]]
         if images is None:
             rows = [[] for _ in counts]
@@ -298,7 +295,7 @@ class EmmaProcessor(ProcessorMixin):
         return [image for row in rows for image in row]
 
     def _resolve_instructions(self, instructions: Any, prompts: list[str] | None, counts: list[int]) -> list[str]:
-        """One instruction per picture, in the pictures' order."""
+        """One instruction per image, in the images' order."""
         if instructions is None:
             if prompts is None:
                 return []
@@ -377,7 +374,7 @@ class EmmaProcessor(ProcessorMixin):
         if return_mm_token_type_ids:
             data["mm_token_type_ids"] = [[int(i in self.image_token_ids) for i in ids] for ids in data["input_ids"]]
         if return_offsets_mapping:
-            # In the prompt as it was given: all ids of a picture have the span of its placeholder.
+            # In the prompt as it was given: all ids of an image have the span of its placeholder.
             data["offset_mapping"] = [
                 _padded(offsets, len(ids), (0, 0), side) for (_, offsets), ids in zip(encoded, data["input_ids"])
             ]
@@ -520,14 +517,10 @@ def _is_nested(images: Any) -> bool:
 
 
 def _rows_of(images: Any) -> list[list[Any]]:
-    """Pictures as one list per prompt, or as a single list where they are not grouped."""
+    """Images as one list per prompt, or as a single list where they are not grouped."""
     if _is_nested(images):
         return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    if isinstance(images, (list, tuple)):
-        return [list(images)]
-    if getattr(images, "ndim", 0) == 4:
-        return [list(images)]
-    return [[images]]
+    return [list(images) if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 else [images]]
 
 
 def _check_rectangular(rows: list[list[int]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, set_seed
 
-from ..model.compat_emma import core_of
+from ..model.compat_emma import unwrap_clip_model
 from ..model.instruction_emma import encode_instruction
 from ..model.processing_emma import EmmaProcessor
 from ..training.checkpoints import IncompleteCheckpointCallback
@@ -82,7 +82,7 @@ def clip_model(processor: EmmaProcessor, seed: int) -> CLIPModel:
     # At these small sizes the plain attention is faster than the fused one.
     model.set_attn_implementation("eager")
     # Random position vectors are too small beside those of patches: waves of half their size are learned from sooner.
-    positions = core_of(model.vision_model).embeddings.position_embedding.weight
+    positions = unwrap_clip_model(model.vision_model).embeddings.position_embedding.weight
     with torch.no_grad():
         positions[1:] = 0.5 * _waves(SIDE // PATCH, VISION["hidden_size"])
     return model

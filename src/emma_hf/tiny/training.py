@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import CLIPModel, set_seed
 
 from ..data.conversations import IGNORE_INDEX
-from ..model.compat_emma import core_of
+from ..model.compat_emma import unwrap_clip_model
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
@@ -144,8 +144,8 @@ def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> EmmaFor
         instruction_length=processor.instruction_length,
     )
     model = EmmaForConditionalGeneration(config)
-    core_of(model.model.vision_tower).load_state_dict(core_of(clip.vision_model).state_dict())
-    core_of(model.model.instruction_encoder).load_state_dict(core_of(clip.text_model).state_dict())
+    unwrap_clip_model(model.model.vision_tower).load_state_dict(unwrap_clip_model(clip.vision_model).state_dict())
+    unwrap_clip_model(model.model.instruction_encoder).load_state_dict(unwrap_clip_model(clip.text_model).state_dict())
     return model
 
 
