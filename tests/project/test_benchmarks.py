@@ -67,6 +67,7 @@ def test_the_runner_names_its_parts():
         assert not part.strip() or (ROOT / "benchmarks" / f"{part.split()[0]}.py").is_file(), part
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "results"),

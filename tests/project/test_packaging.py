@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_wheel_alone_answers(converted, photo, tmp_path):
     subprocess.run(

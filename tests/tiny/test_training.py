@@ -19,6 +19,7 @@ def losses(folder) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_smoke_training_learns_in_every_phase_and_does_none_twice(tmp_path):
     folder = train_tiny(tmp_path, SMOKE, disable_tqdm=True)
