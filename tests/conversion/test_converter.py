@@ -181,8 +181,8 @@ def test_package_to_authors_to_package_is_bit_exact(converted, tmp_path):
 def test_what_transformers_saved_converts_back_too(converted, model, tmp_path, processor):
     model.save_pretrained(tmp_path / "saved", max_shard_size="400KB")
     processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.model").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError, match=r"reads tokenizer\.model, which .* lacks"):
-        (tmp_path / "saved" / "tokenizer.model").unlink(missing_ok=True)
         reverse(tmp_path / "saved", tmp_path / "back", progress=False)
     shutil.copy(converted / "tokenizer.model", tmp_path / "saved")
     back = reverse(tmp_path / "saved", tmp_path / "back", dtype="float16", progress=False)

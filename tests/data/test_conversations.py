@@ -41,7 +41,8 @@ def test_the_training_text_is_the_chat_template(processor, turns, system, images
     assert input_ids.count(processor.image_token_id) == IMAGE_TOKENS * sum(images[: len(turns)])
     # The answers and their end-of-sequence, where the template ends each of them.
     answers = sum(label == processor.tokenizer.eos_token_id for label in labels)
-    assert answers >= len(turns) and labels[-1] == processor.tokenizer.eos_token_id
+    assert answers >= len(turns)
+    assert labels[-1] == processor.tokenizer.eos_token_id
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels))
     assert len(spans) == len(labels)
 

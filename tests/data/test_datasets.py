@@ -179,7 +179,8 @@ def test_a_system_turn_takes_the_place_of_ours(processor):
     ]  # fmt: skip
     item = ChatDataset(rows, processor)[0]
     text = processor.tokenizer.decode(item["input_ids"][item["input_ids"] != 700])
-    assert "Be brief." in text and "curious" not in text
+    assert "Be brief." in text
+    assert "curious" not in text
     # Two spoken turns: the whole user turn is the instruction, colon and all.
     expected = encode_instruction(processor.instruction_tokenizer, "Who: me?")
     assert item["instruction_input_ids"].tolist() == [expected]
@@ -313,7 +314,8 @@ def test_what_a_row_cannot_be_trained_on_with_is_named_and_skipped(processor, tm
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ConversationDataset(path, processor, reference / "images")[0]
     skipping = ConversationDataset(path, processor, reference / "images", on_error="skip")
-    assert same(skipping[0], skipping[1]) and skipping.skipped_rows == [0]
+    assert same(skipping[0], skipping[1])
+    assert skipping.skipped_rows == [0]
     assert skipping.modality_lengths()[1] == -3
 
 
@@ -344,7 +346,8 @@ def test_broken_images_of_a_column_are_named_and_skipped(processor, reference, k
         ChatDataset(rows, processor)[0]
     skipping = ChatDataset(rows, processor, on_error="skip")
     assert skipping.modality_lengths()[1] == 4
-    assert same(skipping[0], skipping[1]) and skipping.skipped_rows == [0]
+    assert same(skipping[0], skipping[1])
+    assert skipping.skipped_rows == [0]
     assert "Row 0: " in skipping.skipped_report()
 
 

@@ -61,7 +61,8 @@ def gradients(model: nn.Module, **batch) -> tuple[torch.Tensor, dict[str, torch.
 
 def assert_same(one: tuple, other: tuple) -> None:
     torch.testing.assert_close(one[0], other[0], atol=1e-6, rtol=1e-5)
-    assert one[1].keys() == other[1].keys() and "lm_head.weight" in one[1]
+    assert one[1].keys() == other[1].keys()
+    assert "lm_head.weight" in one[1]
     for name, gradient in one[1].items():
         torch.testing.assert_close(other[1][name], gradient, atol=1e-5, rtol=1e-4)
 
@@ -82,12 +83,15 @@ def test_a_linear_loss_replaces_the_logits_in_training_only(items):
     called = []
     model.lm_head.register_forward_hook(lambda *args: called.append(args))
     assert_same(expected, gradients(model, **batch, **more))
-    assert model(**batch).logits is None and not called
-    assert model(**batch, skip_logits=False).logits is not None and called
+    assert model(**batch).logits is None
+    assert not called
+    assert model(**batch, skip_logits=False).logits is not None
+    assert called
     called.clear()
     model.eval()
     outputs = model(**batch, **more)
-    assert outputs.logits.shape[:2] == batch["input_ids"].shape and called
+    assert outputs.logits.shape[:2] == batch["input_ids"].shape
+    assert called
     torch.testing.assert_close(outputs.loss, expected[0])
     assert model(**batch, skip_logits=True).logits is None
     batch.pop("labels")
@@ -123,7 +127,8 @@ def test_without_a_gpu_nothing_is_changed(monkeypatch):
     model = tiny_model()
     with pytest.raises(ValueError, match="run on a GPU: there is none here"):
         apply_liger_kernel_to_emma(model)
-    assert model.linear_loss is None and "forward" not in vars(model.model.language_model.norm)
+    assert model.linear_loss is None
+    assert "forward" not in vars(model.model.language_model.norm)
 
 
 @needs_liger
@@ -191,7 +196,8 @@ def test_parts_can_be_left_out():
     model = tiny_model()
     rotary = modeling_llama.apply_rotary_pos_emb
     apply_liger_kernel_to_emma(model, rope=False, rms_norm=False, swiglu=False, fused_linear_cross_entropy=False)
-    assert modeling_llama.apply_rotary_pos_emb is rotary and model.linear_loss is None
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    assert model.linear_loss is None
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
@@ -237,7 +243,8 @@ def test_an_adapter_gets_the_plain_gradients(first):
     model = adapted(nothing, kernels) if first == "peft" else adapted(kernels, nothing)
     loss, found = gradients(model, **batch)
     torch.testing.assert_close(loss, expected[0])
-    assert found.keys() == expected[1].keys() and any("lora_A" in name for name in found)
+    assert found.keys() == expected[1].keys()
+    assert any("lora_A" in name for name in found)
     for name, gradient in expected[1].items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
     assert model(**batch).logits is None

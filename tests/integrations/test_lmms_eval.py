@@ -146,7 +146,9 @@ def test_its_evaluator_and_its_tasks_run(tmp_path):
     assert metrics["local_scienceqa_img"]["exact_match,none"] == pytest.approx(sum(letters) / 4)
 
     whole, _, placed, cut = several
-    assert whole == described and placed and cut == re.split("[ue]", whole)[0].strip()
+    assert whole == described
+    assert placed
+    assert cut == re.split("[ue]", whole)[0].strip()
     assert errors == {
         "film": "emma reads pictures: the task t gives str. Choose another task.",
         "likelihood": "emma answers by generating: choose tasks whose `output_type` is generate_until, such as pope.",

@@ -52,11 +52,14 @@ def test_the_instruction_encoder_stays_causal_under_flex_attention():
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 @pytest.mark.parametrize("route", ["from_pretrained", "set"])
 def test_flash_attention_that_is_not_installed_says_so(converted, route):
-    with pytest.raises(ImportError, match="FlashAttention2 has been toggled on.*install"):
+    def choose() -> None:
         if route == "set":
             tiny_model().set_attn_implementation("flash_attention_2")
         else:
             EmmaForConditionalGeneration.from_pretrained(converted, attn_implementation="flash_attention_2")
+
+    with pytest.raises(ImportError, match="FlashAttention2 has been toggled on.*install"):
+        choose()
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="Transformers 4.57 imports kernels and says so itself")
@@ -112,7 +115,8 @@ def test_a_local_kernel_is_called_in_the_language_model(tmp_path):
     # CLIP's norms are not the language model's, and stay.
     bound = {name: vars(module).get("forward") for name, module in model.named_modules()}
     changed = [name for name, forward in bound.items() if forward and forward.__globals__.get("CALLS") is calls]
-    assert len(changed) == len(calls) and all(name.startswith("model.language_model.") for name in changed)
+    assert len(changed) == len(calls)
+    assert all(name.startswith("model.language_model.") for name in changed)
 
 
 @pytest.mark.slow
@@ -135,4 +139,5 @@ def test_compiled_decoding_with_a_static_cache_compiles_once():
         found = model.generate(**inputs, **settings, cache_implementation="static", compile_config=everywhere)
         assert found.tolist() == expected.tolist()
         assert counters["stats"]["unique_graphs"] == 1, f"recompiled at prompt {seed}"
-    assert counters["frames"]["ok"] == 1 and not counters["graph_break"]
+    assert counters["frames"]["ok"] == 1
+    assert not counters["graph_break"]

@@ -37,7 +37,8 @@ def test_a_tower_stops_at_the_hidden_state_that_clip_itself_gives(layer, attenti
         assert torch.equal(complete.last_hidden_state, expected[index])
         assert len(complete.hidden_states) == len(expected)
         assert all(torch.equal(one, other) for one, other in zip(complete.hidden_states, expected))
-        assert stopped.hidden_states is None and stopped.pooler_output is None
+        assert stopped.hidden_states is None
+        assert stopped.pooler_output is None
         assert torch.equal(as_tuple[0], expected[index])
 
 
@@ -112,7 +113,8 @@ def test_weights_that_a_checkpoint_lacks_begin_as_those_of_clip():
             # Of 512 numbers at least: their spread is within a tenth of that of the distribution.
             assert other == pytest.approx(one, rel=0.15), (tower, name)
     alignment = loaded.model.modality_adaptation.visual_alignment
-    assert torch.equal(alignment.weight, torch.eye(16, 16 + 77)) and not alignment.bias.any()
+    assert torch.equal(alignment.weight, torch.eye(16, 16 + 77))
+    assert not alignment.bias.any()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers.exporters") is None, reason="Transformers has no exporters")

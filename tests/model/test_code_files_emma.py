@@ -99,13 +99,7 @@ def offences(name: str, text: str) -> set[str]:
     for node in ast.walk(tree):
         line, function = getattr(node, "lineno", 0), where[id(node)]
         if isinstance(node, ast.ImportFrom):
-            if node.level and (node.level > 1 or f"{node.module}.py" not in HUB_FILES):
-                found.add(f"imports from {node.module}")
-            for alias in node.names:
-                if alias.name in FORBIDDEN | TOUCHING - {"load_image"} or alias.name == "*":
-                    found.add(f"line {line} imports {alias.name}")
-                if node.module in NAMES and alias.name not in NAMES[node.module]:
-                    found.add(f"line {line} imports {alias.name} of {node.module}")
+            found |= offences_of_import(node)
         used = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
         if used in FORBIDDEN or (isinstance(node, ast.Name) and used in BUILT_IN):
             found.add(f"line {line} uses {used}")
@@ -118,6 +112,18 @@ def offences(name: str, text: str) -> set[str]:
                 found.add(f"line {line} uses {dotted}")
         if isinstance(node, ast.Call):
             found |= offences_of_call(name, node, function)
+    return found
+
+
+def offences_of_import(node: ast.ImportFrom) -> set[str]:
+    found = set()
+    if node.level and (node.level > 1 or f"{node.module}.py" not in HUB_FILES):
+        found.add(f"imports from {node.module}")
+    for alias in node.names:
+        if alias.name in FORBIDDEN | TOUCHING - {"load_image"} or alias.name == "*":
+            found.add(f"line {node.lineno} imports {alias.name}")
+        if node.module in NAMES and alias.name not in NAMES[node.module]:
+            found.add(f"line {node.lineno} imports {alias.name} of {node.module}")
     return found
 
 

@@ -102,7 +102,8 @@ def test_what_is_not_seen_changes_no_bit(monkeypatch):
     assert torch.equal(alone, together)
     together.sum().backward()
     for parameter in model.model.modality_adaptation.parameters():
-        assert parameter.grad is not None and not parameter.grad.any()
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 keeps no rules of renaming")
@@ -136,4 +137,5 @@ def test_no_weight_is_looked_at_before_its_module_runs(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__getattr__", watched)
     inputs = tiny_inputs(model, images=(0,), words=20)
     model(**inputs, labels=inputs["input_ids"])
-    assert running == [True] and not early
+    assert running == [True]
+    assert not early

@@ -13,4 +13,5 @@ from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 def test_the_example_runs(function):
     examples = doctest.DocTestParser().get_doctest(function.__doc__, {}, function.__qualname__, None, None)
     result = doctest.DocTestRunner().run(examples)
-    assert result.attempted > 4 and result.failed == 0
+    assert result.attempted > 4
+    assert result.failed == 0

@@ -83,7 +83,7 @@ def assert_as_exact_as_eager(tensors: list[torch.Tensor]) -> None:
     truth = run(REFERENCE, [tensor.cpu() for tensor in tensors], torch.float64)
     eager, ours = run(REFERENCE, tensors), run(KERNELS, tensors)
     for name, exact, plain, found in zip(NAMES, truth, eager, ours):
-        assert found.dtype == dtype and found.shape == exact.shape, name
+        assert (found.dtype, found.shape) == (dtype, exact.shape), name
         allowed, error = ((value.cpu().double() - exact).norm().item() for value in (plain, found))
         luck = torch.finfo(dtype).eps * exact.norm().item() if exact.numel() < 64 else 0
         assert error <= 2 * allowed + luck, f"{name}: {error} against {allowed} of eager"
@@ -156,7 +156,8 @@ def test_a_gradient_that_is_not_needed_is_not_computed(monkeypatch):
     fused.visual_alignment(v, fused.instruction_projection(h, wp, bp), wa, ba).backward(grad)
     # F has 4 rows. Of the tokens only the 3 of the instruction lead to a weight that learns.
     assert calls == [4, 3]
-    assert wp.grad is not None and bp.grad is None
+    assert wp.grad is not None
+    assert bp.grad is None
 
 
 @needs_kernels

@@ -259,7 +259,8 @@ def test_every_model_suppresses_the_placeholder(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"suppress_tokens": [5], "do_sample": true}')
     loaded = EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config
-    assert loaded.suppress_tokens == [5, image] and loaded.do_sample
+    assert loaded.suppress_tokens == [5, image]
+    assert loaded.do_sample
     path.write_text("{}")
     assert EmmaForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == [image]
     path.unlink()

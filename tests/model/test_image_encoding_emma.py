@@ -127,15 +127,20 @@ def test_a_question_about_several_pictures_is_read_once():
     with torch.no_grad():
         alone = torch.cat([model.get_instruction_features(row[None]) for row in ids])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
-    assert torch.equal(together[0], together[1]) and not torch.equal(together[0], together[2])
+    assert torch.equal(together[0], together[1])
+    assert not torch.equal(together[0], together[2])
 
 
 def test_unique_rows():
     ids = torch.tensor([[5, 1], [2, 2], [5, 1]])
     unique, indices = unique_rows(ids)
-    assert torch.equal(unique[indices], ids) and len(unique) == 2
+    assert torch.equal(unique[indices], ids)
+    assert len(unique) == 2
     # Rows that all differ stay in their order.
     same, none = unique_rows(ids[:2])
-    assert same is not None and torch.equal(same, ids[:2]) and none is None
+    assert same is not None
+    assert torch.equal(same, ids[:2])
+    assert none is None
     same, none = unique_rows(ids.to("meta"))
-    assert same.is_meta and none is None
+    assert same.is_meta
+    assert none is None

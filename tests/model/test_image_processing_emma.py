@@ -298,8 +298,8 @@ def test_sizes_that_say_nothing_are_named():
         EmmaImageProcessor(image_mean=0.5)
     with pytest.raises(ValueError, match=r"`image_std` must be three numbers, each above 0.*got \[1, 1, 0\]"):
         EmmaImageProcessor()(Image.new("RGB", (2, 2)), image_std=[1, 1, 0])
+    off = {"do_pad": False, "do_resize": False, "do_center_crop": False}
     with pytest.raises(ValueError, match="different sizes cannot make one tensor"):
-        off = {"do_pad": False, "do_resize": False, "do_center_crop": False}
         EmmaImageProcessor(**off)([Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))], return_tensors="np")
     with pytest.raises(ValueError, match="'channels_first' or 'channels_last': got 'first'"):
         EmmaImageProcessor()(Image.new("RGB", (2, 2)), data_format="first")

@@ -386,7 +386,8 @@ def test_the_accessors_reach_the_language_model():
     embedding, head, other = torch.nn.Embedding(120, 48), torch.nn.Linear(48, 120), tiny_model().model.language_model
     model.set_input_embeddings(embedding)
     model.set_output_embeddings(head)
-    assert language_model.embed_tokens is embedding and model.lm_head is head
+    assert language_model.embed_tokens is embedding
+    assert model.lm_head is head
     model.set_decoder(other)
     assert model.model.language_model is other
 
@@ -635,7 +636,8 @@ def test_image_outputs_hold_what_replaced_the_placeholders():
         assert torch.equal(one.image_outputs.last_hidden_state, features.last_hidden_state)
         assert torch.equal(one.image_hidden_states, features.pooler_output)
         assert one["image_outputs"] is one.image_outputs
-    assert without.image_outputs is None and without.image_hidden_states is None
+    assert without.image_outputs is None
+    assert without.image_hidden_states is None
 
 
 def test_the_cache_has_the_name_of_this_version():

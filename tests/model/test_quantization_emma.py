@@ -60,7 +60,8 @@ def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(name):
         for key, module in model.named_modules()
         if isinstance(module, nn.Linear) and re.fullmatch(LANGUAGE_LINEARS, key)
     }
-    assert len(linears) == 42 and quantized_modules(model) == linears
+    assert len(linears) == 42
+    assert quantized_modules(model) == linears
     for key, weight in model.named_parameters():
         if key.removesuffix(".weight") in linears:
             assert weight.dtype == (torch.uint8 if name in FOUR_BIT else torch.int8), key
@@ -70,9 +71,11 @@ def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(name):
 
 def test_a_list_of_the_user_is_added_to():
     model = load("nf4", llm_int8_skip_modules=["down_proj", "lm_head"])
-    assert not any("down_proj" in name for name in quantized_modules(model)) and len(quantized_modules(model)) == 36
+    assert not any("down_proj" in name for name in quantized_modules(model))
+    assert len(quantized_modules(model)) == 36
     skipped = model.config.quantization_config.llm_int8_skip_modules
-    assert skipped[:2] == ["down_proj", "lm_head"] and set(skipped) == {"down_proj", *NOT_QUANTIZED}
+    assert skipped[:2] == ["down_proj", "lm_head"]
+    assert set(skipped) == {"down_proj", *NOT_QUANTIZED}
     assert len(skipped) == len(set(skipped))
 
 
@@ -108,7 +111,8 @@ def test_saving_is_exact(name, ran, tmp_path, inputs):
     found = {key: value for key, value in again.state_dict().items() if isinstance(value, torch.Tensor)}
     assert found.keys() == stored.keys()
     for key, value in stored.items():
-        assert value.dtype == found[key].dtype and torch.equal(value, found[key]), key
+        assert value.dtype == found[key].dtype, key
+        assert torch.equal(value, found[key]), key
     after = logits(again, inputs)
     assert torch.equal(after, logits(model, inputs))
     assert before is None or torch.equal(after, before)
@@ -133,7 +137,8 @@ def test_another_bitsandbytes_arranges_nothing(monkeypatch, inputs):
     before = model.state_dict()["model.language_model.layers.0.mlp.up_proj.weight.absmax"].clone()
     logits(model, inputs)
     state = model.model.language_model.layers[0].mlp.up_proj.weight.quant_state
-    assert not getattr(state, "packing_format_for_cpu", False) and torch.equal(state.absmax, before)
+    assert not getattr(state, "packing_format_for_cpu", False)
+    assert torch.equal(state.absmax, before)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -154,7 +159,8 @@ def test_an_adapter_learns_after_an_evaluation(name, inputs):
         return {key: weight.grad for key, weight in model.named_parameters() if weight.requires_grad}
 
     expected, found = gradients(False), gradients(True)
-    assert len(expected) == 84 and all(grad is not None and grad.abs().max() > 0 for grad in expected.values())
+    assert len(expected) == 84
+    assert all(grad is not None and grad.abs().max() > 0 for grad in expected.values())
     for key, grad in expected.items():
         assert torch.equal(found[key], grad), key
 
@@ -282,4 +288,5 @@ def test_a_device_map_places_it():
     model = EmmaForConditionalGeneration.from_pretrained(
         EMMA_TINY, quantization_config=bitsandbytes_config("4bit"), device_map={"": "cpu"}
     )
-    assert {weight.device.type for weight in model.parameters()} == {"cpu"} and len(quantized_modules(model)) == 42
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+    assert len(quantized_modules(model)) == 42

@@ -27,7 +27,8 @@ def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(kind, 
     model = load(quantization_config=TorchAoConfig(getattr(torchao, kind)()))
     found = {name for name, weight in model.named_parameters() if type(weight).__name__ == "Int8Tensor"}
     expected = {name for name, _ in whole.named_parameters() if re.fullmatch(LANGUAGE_LINEARS + r"\.weight", name)}
-    assert len(found) == 42 and found == expected
+    assert len(found) == 42
+    assert found == expected
     assert {weight.dtype for name, weight in model.named_parameters() if name not in found} == {torch.bfloat16}
     with torch.no_grad():
         before, after = whole.eval()(**inputs).logits, model.eval()(**inputs).logits

@@ -180,10 +180,12 @@ def test_files_of_the_server_are_not_a_visitors(chat, scene):
 
         mark = {"meta": {"_type": "gradio.FileData"}}
         for file in ({"path": scene["path"], **mark}, {"path": scene["path"]}):
-            assert "event: error" in told(file) and "assistant" not in told(file)
+            assert "event: error" in told(file)
+            assert "assistant" not in told(file)
         with open(scene["path"], "rb") as picture:
             (path,) = httpx.post(f"{address}/upload", files={"files": picture}).json()
-        assert "event: complete" in told({"path": path, **mark}) and "assistant" in told({"path": path, **mark})
+        assert "event: complete" in told({"path": path, **mark})
+        assert "assistant" in told({"path": path, **mark})
     finally:
         blocks.close()
 
@@ -232,7 +234,8 @@ def test_a_visit(chat, tmp_path):
             page.locator("#ask").click()
             expect(answered).to_have_text([answers[0]])
             seen = [text for text in page.evaluate("window.seen") if text]
-            assert len(set(seen)) > 1 and all(answers[0].startswith(text) for text in seen)
+            assert len(set(seen)) > 1
+            assert all(answers[0].startswith(text) for text in seen)
             expect(page.locator("#question textarea")).to_have_value("")
 
             # The second by a button of the page and the Enter key.

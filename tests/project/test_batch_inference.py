@@ -97,12 +97,14 @@ def test_two_workers_answer_as_generate_does(folder, tmp_path):
     answered = rows_of(output)
     assert [{name: row[name] for name in ("id", "image", "question")} for row in answered] == rows
     for index, (_, _, message) in bad.items():
-        assert answered[index]["answer"] is None and message in answered[index]["error"]
+        assert answered[index]["answer"] is None
+        assert message in answered[index]["error"]
     for start in range(0, len(rows), 4):
         good = [index for index in range(start, min(start + 4, len(rows))) if index not in bad]
         expected = generated(folder, [rows[index] for index in good])
         assert [answered[index]["answer"] for index in good] == expected
-        assert all(answered[index]["error"] is None for index in good) and all(expected)
+        assert all(answered[index]["error"] is None for index in good)
+        assert all(expected)
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -124,7 +126,8 @@ def test_a_table_without_the_columns_is_refused(tmp_path):
     (tmp_path / "table.csv").write_text("picture,question\na.png,What?\n")
     done = run(tmp_path / "table.csv", tmp_path / "answers.csv")
     assert done.returncode == 2
-    assert "the columns `image` and `question`" in done.stderr and "['picture', 'question']" in done.stderr
+    assert "the columns `image` and `question`" in done.stderr
+    assert "['picture', 'question']" in done.stderr
 
 
 def test_arguments_that_cannot_be(tmp_path, capsys):

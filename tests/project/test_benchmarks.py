@@ -27,7 +27,9 @@ def test_a_ratio_is_that_of_neighbours(measure):
     # The machine slowed down tenfold between the rounds; the alternatives differ by 2 all the same.
     assert measure.ratio([2.0, 20.0, 4.0, 40.0], [1.0, 10.0, 2.0, 20.0]) == (2.0, 2.0, 2.0)
     middle, low, high = measure.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
-    assert middle == 2.0 and low == 1.0 and high == 3.0
+    assert middle == 2.0
+    assert low == 1.0
+    assert high == 3.0
     assert measure.shown((1.23456, 1.0, 2.0)) == "1.235 [1.000, 2.000]"
 
 
@@ -45,11 +47,11 @@ def test_a_report_is_a_table_json_and_a_plot(measure, tmp_path, capsys):
         report.add(dtype="float32", images=images, s=0.25, against=(1.0 * images, 0.9, 2.5), limit=None)
     report.save(tmp_path / "out", "images", "against", "dtype")
     out = capsys.readouterr().out
-    assert (
-        "| dtype | images | s | against | limit |" in out and "| float32 | 2 | 0.25 | 2.000 [0.900, 2.500] |  |" in out
-    )
+    assert "| dtype | images | s | against | limit |" in out
+    assert "| float32 | 2 | 0.25 | 2.000 [0.900, 2.500] |  |" in out
     saved = json.loads((tmp_path / "out" / "some.json").read_text())
-    assert saved["rows"][1]["against"] == [2.0, 0.9, 2.5] and "torch" in saved["about"]
+    assert saved["rows"][1]["against"] == [2.0, 0.9, 2.5]
+    assert "torch" in saved["about"]
     assert (tmp_path / "out" / "some.png").stat().st_size > 5000
 
 
@@ -82,4 +84,5 @@ def test_what_is_compared_with_llava_agrees_with_it(script, arguments, results, 
     assert done.returncode == 0, done.stderr
     for name, column in results.items():
         rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-        assert rows and all(row[column][0] > 0 for row in rows)
+        assert rows
+        assert all(row[column][0] > 0 for row in rows)

@@ -116,7 +116,8 @@ def test_the_commands_of_a_page_run_in_their_order(page, place, reference, hub, 
     if page == "docs/training.md":
         assert (place / "emma-lora" / "merged" / "model.safetensors").is_file()
     if page == "docs/hub.md":
-        assert hub.repositories["org/emma-7b"].private and "model.safetensors" in hub.files("org/emma-7b")
+        assert hub.repositories["org/emma-7b"].private
+        assert "model.safetensors" in hub.files("org/emma-7b")
 
 
 def test_the_python_of_the_model_card_runs(trainable, photo, tmp_path):
@@ -125,7 +126,8 @@ def test_the_python_of_the_model_card_runs(trainable, photo, tmp_path):
     shutil.copy(photo, tmp_path)
     # The repository's name stands for a folder here: nothing is fetched.
     code = "\n".join(blocks("MODEL_CARD.md", "python")).replace("org/emma-7b", "emma-7b")
-    assert code.count("from_pretrained(") == 3 and "pipeline(" in code
+    assert code.count("from_pretrained(") == 3
+    assert "pipeline(" in code
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -16,7 +16,8 @@ def test_the_script_trains_and_saves_a_model(trainable, reference, tmp_path):
     text = SCRIPT.read_text()
     assert len(text.splitlines()) <= 80
     # PEP 723: what `uv run` and `pipx run` install.
-    assert text.startswith("# /// script\n") and '# dependencies = ["emma-hf[train]"]\n# ///\n' in text
+    assert text.startswith("# /// script\n")
+    assert '# dependencies = ["emma-hf[train]"]\n# ///\n' in text
     path, images, output = save_rows(tmp_path / "rows.json"), reference / "images", tmp_path / "out"
     arguments = [str(trainable), str(path), str(output), "--image-folder", str(images), "--epochs", "25"]
     torch.manual_seed(0)

@@ -57,4 +57,5 @@ def test_the_wheel_alone_answers(converted, photo, tmp_path):
     usage = subprocess.run(
         [environment / "bin" / "emma-hf", "train", "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True
     )
-    assert usage.returncode == 0 and "--projector_learning_rate" in usage.stdout, usage.stderr
+    assert usage.returncode == 0, usage.stderr
+    assert "--projector_learning_rate" in usage.stdout

@@ -56,7 +56,8 @@ def test_the_cap_the_makefile_and_what_an_endpoint_installs_agree(makefile_versi
     assert newest.rpartition(".")[0] == NEWEST_TESTED_TRANSFORMERS
     assert [version for version in makefile_versions if untested_warning(version)] == []
     endpoint = requirement((TEMPLATE / "requirements.txt").read_text().splitlines()).specifier
-    assert endpoint.contains(newest) and not endpoint.contains(NEWER)
+    assert endpoint.contains(newest)
+    assert not endpoint.contains(NEWER)
 
 
 @pytest.mark.parametrize("version", [f"{NEWER[:-2]}.0.dev0", f"{NEWER[:-2]}.0rc1"])

@@ -33,7 +33,8 @@ def read(limits: Limits | None = None, **body) -> ChatRequest:
 def test_a_request_becomes_messages_with_decoded_pictures():
     request = read(model="emma", max_tokens=7, temperature=0, seed=3, stop="x", stream=True, user="me", n=1, tools=None)
     image, words = request.messages[0]["content"]
-    assert image["image"].size == (4, 3) and image["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert image["image"].size == (4, 3)
+    assert image["image"].getpixel((0, 0)) == (255, 0, 0)
     assert words == {"type": "text", "text": "What is it?"}
     assert (request.max_tokens, request.temperature, request.seed) == (7, 0.0, 3)
     assert (request.stop, request.stream, request.instructions) == (("x",), True, None)

@@ -25,9 +25,13 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_nothing_behind(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("content")
-        raise error
+    def fail() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert not list(tmp_path.iterdir())
 
 
@@ -67,7 +71,8 @@ def test_the_next_run_removes_what_a_killed_one_left(running, tmp_path):
         (tmp_path / name).mkdir()
     with new_folder(tmp_path / "model") as folder:
         # It runs still.
-        assert os.path.isdir(left) and left != str(folder)
+        assert os.path.isdir(left)
+        assert left != str(folder)
     (tmp_path / "model").rmdir()
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -50,7 +50,7 @@ def refused(kind: type[Exception], status: int = 0) -> Exception:
     return error
 
 
-class ConnectTimeout(Exception):
+class ConnectTimeout(Exception):  # noqa: N818 - the name of httpx's own
     __module__ = "httpx._exceptions"
 
 

@@ -138,7 +138,7 @@ def is_large(name: str, size: int) -> bool:
     return name.endswith(LARGE_SUFFIXES) or size > LARGE_BYTES
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.headers = status, message, code, headers
@@ -189,9 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         try:
             if fault:
-                raise _Refused(fault, "told to fail")
+                raise _RefusedError(fault, "told to fail")
             self.answer_route(path, body)
-        except _Refused as error:
+        except _RefusedError as error:
             headers = {"X-Error-Message": error.message, **error.headers}
             if error.code:
                 headers["X-Error-Code"] = error.code
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
                 with self.server_hub.lock:
                     getattr(self, f"on_{route}")(body, **arguments)
                 return
-        raise _Refused(404, f"no such address: {method} {path}")
+        raise _RefusedError(404, f"no such address: {method} {path}")
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -243,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         token = header.removeprefix("Bearer ")
         if token not in self.server_hub.tokens:
-            raise _Refused(401, "Invalid credentials in Authorization header")
+            raise _RefusedError(401, "Invalid credentials in Authorization header")
         return self.server_hub.tokens[token]
 
     def repository(self, name: str) -> Repository:
@@ -251,21 +251,21 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.server_hub.repositories.get(name)
         if found is None or (found.private and name.split("/")[0] not in (rights or ())):
             # As the Hub does: who is unknown is not told what exists.
-            raise _Refused(401 if rights is None else 404, "Repository not found", "RepoNotFound")
+            raise _RefusedError(401 if rights is None else 404, "Repository not found", "RepoNotFound")
         return found
 
     def writable(self, name: str) -> None:
         rights = self.organisations()
         if rights is None:
-            raise _Refused(401, "Log in first")
+            raise _RefusedError(401, "Log in first")
         if name.split("/")[0] not in rights:
-            raise _Refused(403, "You don't have the rights to write there")
+            raise _RefusedError(403, "You don't have the rights to write there")
 
     def revision(self, name: str, revision: str) -> tuple[Repository, str]:
         repository = self.repository(name)
         oid = repository.find(revision)
         if oid is None:
-            raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise _RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return repository, oid
 
     # Reading.
@@ -296,7 +296,7 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"{path.rstrip('/')}/" if path else ""
         found = {key: blob for key, blob in repository.commits[oid].items() if key.startswith(prefix)}
         if prefix and not found:
-            raise _Refused(404, f"{path} does not exist on {revision}", "EntryNotFound")
+            raise _RefusedError(404, f"{path} does not exist on {revision}", "EntryNotFound")
         recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() in ("true", "1")
         folders = sorted({f"{prefix}{key[len(prefix) :].split('/')[0]}" for key in found if "/" in key[len(prefix) :]})
         entries: list[dict] = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in folders]
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository, oid = self.revision(name, revision)
         blob = repository.commits[oid].get(path)
         if blob is None:
-            raise _Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
+            raise _RefusedError(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": oid})
         if blob.large:
             headers = {
                 "X-Repo-Commit": oid,
@@ -327,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
     def on_download(self, body: bytes, sha256: str) -> None:
         path = self.server_hub.root / sha256
         if not path.exists():
-            raise _Refused(404, "no such object")
+            raise _RefusedError(404, "no such object")
         self.send_contents(Blob(path, sha256, path.stat().st_size, True), {"ETag": f'"{sha256}"'})
 
     def send_contents(self, blob: Blob, headers: dict[str, str]) -> None:
@@ -337,7 +337,7 @@ class _Handler(BaseHTTPRequestHandler):
             first = int(asked[1])
             last = min(int(asked[2] or blob.size), blob.size - 1)
             if first >= blob.size:
-                raise _Refused(416, "no such range", **{"Content-Range": f"bytes */{blob.size}"})
+                raise _RefusedError(416, "no such range", **{"Content-Range": f"bytes */{blob.size}"})
             data, status = data[first : last + 1], 206
             headers = {**headers, "Content-Range": f"bytes {first}-{last}/{blob.size}"}
         if self.command == "GET" and self.server_hub.fault("BREAK", self.path) is not None:
@@ -360,7 +360,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'user'}/{asked['name']}"
         self.writable(name)
         if name in self.server_hub.repositories:
-            raise _Refused(409, "You already created this model repo")
+            raise _RefusedError(409, "You already created this model repo")
         private = asked.get("private") or asked.get("visibility") == "private"
         self.server_hub.create(name, private=bool(private))
         self.reply(200, {"url": f"{self.server_hub.url}/{name}", "name": name, "id": "0" * 24})
@@ -405,7 +405,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def on_upload(self, body: bytes, sha256: str) -> None:
         if hashlib.sha256(body).hexdigest() != sha256:
-            raise _Refused(400, "the contents have another hash")
+            raise _RefusedError(400, "the contents have another hash")
         self.server_hub.store(body, True)
         self.reply(200, {}, {"ETag": f'"{sha256}"'})
 
@@ -413,31 +413,31 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         path = self.server_hub.root / asked["oid"]
         if not path.exists() or path.stat().st_size != asked["size"]:
-            raise _Refused(404, "not there")
+            raise _RefusedError(404, "not there")
         self.reply(200, {})
 
     def on_commit(self, body: bytes, name: str, revision: str) -> None:
         self.writable(name)
         repository, oid = self.revision(name, revision)
         if revision not in repository.branches:
-            raise _Refused(400, "one commits to a branch")
+            raise _RefusedError(400, "one commits to a branch")
         files = dict(repository.commits[oid])
         for line in body.splitlines():
             key, value = (json.loads(line)[part] for part in ("key", "value"))
             if key == "header":
                 if value.get("parentCommit") not in (None, oid):
-                    raise _Refused(412, "the branch has moved on")
+                    raise _RefusedError(412, "the branch has moved on")
             elif key == "file":
                 files[value["path"]] = self.server_hub.store(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
                 path = self.server_hub.root / value["oid"]
                 if not path.exists():
-                    raise _Refused(400, f"{value['path']} was not uploaded")
+                    raise _RefusedError(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = Blob(path, value["oid"], path.stat().st_size, True)
             elif key == "deletedFile":
                 files.pop(value["path"])
             else:
-                raise _Refused(400, f"unknown operation {key}")
+                raise _RefusedError(400, f"unknown operation {key}")
         new = repository.commit(revision, files)
         url = f"{self.server_hub.url}/{name}/commit/{new}"
         self.reply(200, {"success": True, "commitOid": new, "commitUrl": url})

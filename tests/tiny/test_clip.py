@@ -21,13 +21,15 @@ def test_captions_and_scenes_of_contrastive_learning(untrained):
         assert (thing.style, thing.size, scene.background, scene.noise) == ("filled", "large", "plain", 0)
         assert text == f"A {thing.colour} {thing.shape}."
     for shapes, most in ((one, 1), (two, 2)):
-        assert len({scene.seed for scene, _ in shapes}) == 1 and len(shapes) == 4
+        assert len({scene.seed for scene, _ in shapes}) == 1
+        assert len(shapes) == 4
         assert max(len(scene.things) for scene, _ in shapes) <= most
         assert len({re.sub("|".join(SHAPES), "", text) for _, text in shapes}) == 1
     assert any(len(scene.things) == 6 for index in range(24, 40) for scene, _ in dataset.pairs(index))
     for index in range(24, 40):
         alike = dataset.pairs(index)
-        assert len({scene.seed for scene, _ in alike}) == 1 and 2 <= len(alike) <= 4
+        assert len({scene.seed for scene, _ in alike}) == 1
+        assert 2 <= len(alike) <= 4
         # They differ, in the picture and in the words.
         assert len({text for _, text in alike}) == len(alike)
         assert len({draw(scene).tobytes() for scene, _ in alike}) == len(alike)
@@ -35,7 +37,8 @@ def test_captions_and_scenes_of_contrastive_learning(untrained):
     ids = [encode_instruction(processor.instruction_tokenizer, text) for _, text in close + alike]
     longest = max(sum(token != 0 for token in row) for row in ids)
     assert torch.equal(batch["input_ids"], torch.tensor(ids)[:, :longest])
-    assert batch["pixel_values"].shape == (len(ids), 3, 112, 112) and batch["return_loss"] is True
+    assert batch["pixel_values"].shape == (len(ids), 3, 112, 112)
+    assert batch["return_loss"] is True
 
 
 def test_clip_knows_positions_from_the_start(untrained):

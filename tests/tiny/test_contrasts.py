@@ -23,7 +23,8 @@ def test_close_ups_are_large_filled_and_within_a_plain_image():
         assert [thing.pair for thing in close.things] == [thing.pair for thing in scene.things]
         for thing in close.things:
             assert (thing.size, thing.style, thing.radius) == ("large", "filled", 0.2)
-            assert 0.2 <= thing.x <= 0.8 and 0.2 <= thing.y <= 0.8
+            assert 0.2 <= thing.x <= 0.8
+            assert 0.2 <= thing.y <= 0.8
 
 
 def test_reshaped_scenes_differ_in_one_shape():

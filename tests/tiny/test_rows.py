@@ -42,7 +42,8 @@ def check_excluded_tokens(item, turns, tokenizer) -> int:
         assert len(marked) == len(turn.excluded_answers)
         for i, other in marked:
             begun = "".join(tokenizer.convert_ids_to_tokens([*tokens[:i], other])).replace("▁", " ")
-            assert other != tokens[i] and any(f" {answer}".startswith(begun) for answer in turn.excluded_answers)
+            assert other != tokens[i]
+            assert any(f" {answer}".startswith(begun) for answer in turn.excluded_answers)
         tokens, excluded = tokens[end:], excluded[end:]
     assert not tokens
     return sum(len(turn.excluded_answers) for turn in turns)
@@ -74,7 +75,8 @@ def test_the_first_rows_are_about_easy_images(untrained, rows):
     assert max(len(training_scene(index, 5).things) for index in (0, 1)) <= 2
     many = TinyEmmaDataset("finetune", np.zeros((40_000, 1, 1)), untrained[0], 100_000, batch_size=32, seed=0)
     indices = np.array([many.image_index(index) for index in range(25_000, 65_000)])
-    assert np.bincount(indices, minlength=40_000).max() <= 2 and len(set(indices)) > 0.7 * 40_000
+    assert np.bincount(indices, minlength=40_000).max() <= 2
+    assert len(set(indices)) > 0.7 * 40_000
     # Any few steps hold easy images and others as all do.
     assert np.all(np.abs((indices < 12_000).reshape(-1, 200).mean(axis=1) - 0.3) < 0.02)
 
@@ -100,11 +102,13 @@ def test_questions_of_a_chat_follow_each_other(untrained, rows):
         texts = [turn.text.split(":")[-1].lstrip() if len(turns) > 1 else turn.text for turn in turns]
         ids = [encode_instruction(processor.instruction_tokenizer, text) for text in texts]
         (instruction,) = item["instruction_input_ids"].tolist()
-        assert instruction in ids and instruction.count(0) == max(row.count(0) for row in ids)
+        assert instruction in ids
+        assert instruction.count(0) == max(row.count(0) for row in ids)
         assert len(item["input_ids"]) <= 256
         counts.append(len(turns))
         excluded += check_excluded_tokens(item, turns, processor.tokenizer)
-    assert np.mean(counts) > 4 and excluded > 10
+    assert np.mean(counts) > 4
+    assert excluded > 10
 
 
 def test_packed_questions_fill_a_row_and_single_ones_stand_alone(untrained, rows):
@@ -125,7 +129,9 @@ def test_packed_questions_fill_a_row_and_single_ones_stand_alone(untrained, rows
             lengths.append(len(item["input_ids"]))
         endings += [ENDING in turn.text for turn in turns]
         excluded += check_excluded_tokens(item, turns, processor.tokenizer)
-    assert np.mean(lengths) > 220 and max(lengths) <= 256 and excluded > 40
+    assert np.mean(lengths) > 220
+    assert max(lengths) <= 256
+    assert excluded > 40
     # Half of the questions have the ending, and a quarter of these keep it.
     assert 0.05 < np.mean(endings) < 0.2
 
@@ -137,7 +143,8 @@ def test_rows_of_the_first_stage_are_captions(untrained, features):
     assert check_excluded_tokens(captions[1], [turn], processor.tokenizer) == len(turn.excluded_answers)
     assert (turn.text, turn.answer) == ("", caption(training_scene(captions.image_index(1), 5)))
     batch = PackedQuestionsCollator(processor)([captions[0], captions[1]])
-    assert batch["vision_features"].shape == (2, 64, 128) and batch["input_ids"].shape == (2, 136)
+    assert batch["vision_features"].shape == (2, 64, 128)
+    assert batch["input_ids"].shape == (2, 136)
 
 
 def test_packed_questions_are_answered_as_if_alone(untrained):
@@ -181,5 +188,6 @@ def test_counts_are_kept_by_their_share(untrained, monkeypatch):
     all_counts = counts()
     monkeypatch.setattr(tiny_rows, "KEPT_COUNTS", {"0": 0, "1": 0.1})
     kept = counts()
-    assert min(all_counts["0"], all_counts["1"]) > 20 and not kept["0"]
+    assert min(all_counts["0"], all_counts["1"]) > 20
+    assert not kept["0"]
     assert 0 < kept["1"] / kept["2"] < 0.5 * all_counts["1"] / all_counts["2"]

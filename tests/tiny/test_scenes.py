@@ -20,7 +20,8 @@ def test_things_are_within_the_image_and_do_not_hide_each_other():
         assert 1 <= len(scene.things) <= 6
         assert list(scene.things) == sorted(scene.things, key=lambda thing: thing.x)
         for thing in scene.things:
-            assert thing.radius <= thing.x <= 1 - thing.radius and thing.radius <= thing.y <= 1 - thing.radius
+            assert thing.radius <= thing.x <= 1 - thing.radius
+            assert thing.radius <= thing.y <= 1 - thing.radius
         for one, other in itertools.combinations(scene.things, 2):
             assert math.hypot(one.x - other.x, one.y - other.y) > 0.95 * (one.radius + other.radius)
     sizes = sorted((t.radius, t.size) for seed in SEEDS for t in Scene.random(seed).things)

@@ -17,7 +17,8 @@ def test_the_tokenizers_know_the_words_of_the_world(untrained):
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert re.fullmatch(r"<s>A chat between .* USER: <image>\nHow .* ASSISTANT:", prompt, re.DOTALL)
     ids = processor(images=draw(Scene.random(0)), text=prompt)["input_ids"][0]
-    assert ids.count(600) == 64 and len(ids) < 136
+    assert ids.count(600) == 64
+    assert len(ids) < 136
     text = "A small red star, the 3 hearts? Yes."
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     instruction = encode_instruction(processor.instruction_tokenizer, "What colour is the star?")

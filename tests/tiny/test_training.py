@@ -79,4 +79,4 @@ def test_its_linear_layers_can_be_packed_in_4_bit(untrained):
     _, model = untrained
     for name, module in model.model.language_model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
+            assert (module.in_features % 64, module.out_features % 64) == (0, 0), name

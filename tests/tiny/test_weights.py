@@ -65,7 +65,7 @@ def test_what_ships_is_small_whole_and_data_alone():
     assert {tensor.dtype for tensor in load_file(EMMA_TINY / "model.safetensors").values()} == {torch.bfloat16}
     for name, module in model.model.language_model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert module.in_features % 64 == 0 and module.out_features % 64 == 0, name
+            assert (module.in_features % 64, module.out_features % 64) == (0, 0), name
 
 
 def test_the_pipeline_asks_no_question(tmp_path):
@@ -105,7 +105,8 @@ def test_the_widget_of_the_card_is_what_its_script_writes(tmp_path):
     card.save(written / "README.md")
     runpy.run_path(str(SCRIPTS / "write_emma_tiny_widget.py"))["main"](["--model", str(written)])
     widget = ModelCard.load(EMMA_TINY / "README.md").data["widget"]
-    assert ModelCard.load(written / "README.md").data["widget"] == widget and len(widget) == 3
+    assert ModelCard.load(written / "README.md").data["widget"] == widget
+    assert len(widget) == 3
     for example in widget:
         with Image.open(written / example["src"]) as drawn, Image.open(EMMA_TINY / example["src"]) as shown:
             assert drawn.tobytes() == shown.tobytes(), example["src"]

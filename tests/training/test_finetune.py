@@ -142,7 +142,8 @@ def test_the_help_names_the_arguments(capsys):
         main(["train", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "--stage" in text and "--gradient_accumulation_steps" in text
+    assert "--stage" in text
+    assert "--gradient_accumulation_steps" in text
 
 
 def test_an_empty_file_of_rows_is_told_before_training(train, capsys, tmp_path):

@@ -137,7 +137,8 @@ def test_predictions_over_rows_with_and_without_images(trainable, processor, mix
     )
     prediction = trainer.predict(mixed)
     # The logits alone, and no image features: one array, padded with -100.
-    assert isinstance(prediction.predictions, np.ndarray) and prediction.predictions.shape[0] == len(mixed)
+    assert isinstance(prediction.predictions, np.ndarray)
+    assert prediction.predictions.shape[0] == len(mixed)
     for row, item in enumerate(mixed):
         with torch.no_grad():
             logits = model(**collate([item])).logits[0].numpy()
@@ -188,7 +189,8 @@ def test_batches_have_one_modality_and_every_row_comes_once(pictures, texts):
     generator.shuffle(lengths)
     sampler = ModalityLengthSampler(lengths, batch_size=8, seed=3)
     order = list(sampler)
-    assert len(sampler) == len(order) and sorted(order) == list(range(len(lengths)))
+    assert len(sampler) == len(order)
+    assert sorted(order) == list(range(len(lengths)))
     mixed = [len(set(np.sign(lengths[order[start : start + 8]]))) > 1 for start in range(0, len(order), 8)]
     # What fills no batch comes last.
     assert not any(mixed[: pictures // 8 + texts // 8])
@@ -203,7 +205,8 @@ def test_batches_are_shuffled():
     modalities = np.sign(batches[:, 0])
     assert (modalities[:8] != modalities[0]).any()
     with_images = np.abs(batches).mean(1)[modalities > 0]
-    assert (np.diff(with_images) > 0).any() and (np.diff(with_images) < 0).any()
+    assert (np.diff(with_images) > 0).any()
+    assert (np.diff(with_images) < 0).any()
 
 
 def test_sample_answers_of_a_row_with_an_image_in_a_later_turn(trainable, processor, reference, tmp_path):
@@ -251,7 +254,8 @@ def test_sample_answers_are_what_generate_says(trainable, processor, rows, tmp_p
     samples = [json.loads(line) for line in (tmp_path / "sample_answers.jsonl").read_text().splitlines()]
     assert [sample["row"] for sample in samples] == list(range(8))
     assert [sample["step"] for sample in samples] == [0] * 8
-    assert samples[0]["expected"] == "It is photo." and samples[7]["expected"] == "Good morning."
+    assert samples[0]["expected"] == "It is photo."
+    assert samples[7]["expected"] == "Good morning."
     for row, text in ((0, "USER: <image>\nWhat is picture 0? ASSISTANT:"), (7, "USER: Hello there ASSISTANT:")):
         _conversation, pictures = rows.conversation(row)
         system = (
@@ -275,7 +279,8 @@ def test_what_was_skipped_is_reported_at_the_end(trainable, processor, reference
     logger.addHandler(caplog.handler)
     trainer.train()
     logger.removeHandler(caplog.handler)
-    assert "1 of 8 rows were skipped:\nRow 5 of rows.json: " in caplog.text and "gone.png" in caplog.text
+    assert "1 of 8 rows were skipped:\nRow 5 of rows.json: " in caplog.text
+    assert "gone.png" in caplog.text
 
 
 def test_the_loss_is_drawn(tmp_path):

@@ -51,7 +51,8 @@ def train(kind, config, trainable, folder, processor, rows, pictures, **options)
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     fusion = {name for name in before if any(f".{module}." in name for module in FUSION_MODULES)}
-    assert fusion and fusion <= moved
+    assert fusion
+    assert fusion <= moved
     return batches
 
 
@@ -102,6 +103,7 @@ def test_preferences(trainable, processor, pictures, tmp_path):
     batches = train(trl.DPOTrainer, trl.DPOConfig, trainable, tmp_path, processor, rows, pictures)
     # Chosen and rejected answers of a row share its picture and its instruction.
     seen = asked(batches[0], processor)
-    assert seen[: len(PICTURES)] == seen[len(PICTURES) :] and sorted(set(seen)) == QUESTIONS
+    assert seen[: len(PICTURES)] == seen[len(PICTURES) :]
+    assert sorted(set(seen)) == QUESTIONS
     pixels = batches[0]["pixel_values"]
     assert torch.equal(pixels[: len(PICTURES)], pixels[len(PICTURES) :])
