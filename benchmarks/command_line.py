@@ -1,18 +1,18 @@
-"""What the `emma-hf` command costs before it has anything to do: processor time of help, versions and mistakes.
+"""The cost of the `emma-hf` command before it has anything to do: processor time of help, versions and mistakes.
 
 Each run is a process of its own. What it prints and its exit status are checked first; the ratio is to a process that
 does nothing, `python -c pass`, run in turns with it.
 
-    python benchmarks/command_line.py [--runs 15]
+    python benchmarks/command_line.py [--runs 15] [--output FOLDER]
 """
 
-import argparse
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import Report, argument_parser, in_turns, quartiles, ratio
 
 # What pip installs.
 SCRIPT = "import sys\nfrom emma_hf.cli import main\nsys.exit(main())\n"
@@ -42,23 +42,24 @@ def verify(command: list[str], status: int, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=15)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=15, help="rounds (default: 15)")
     args = parser.parse_args()
-    print("| `emma-hf` | processor time: median [quartiles] | times that of `python -c pass`, median |\n|---|---|---|")
+    report = Report("command_line", args)
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "emma-hf"
         script.write_text(SCRIPT)
         for arguments, status, text in COMMANDS:
             command = [sys.executable, str(script), *arguments.split()]
             verify(command, status, text)
-            pairs = [
-                (processor_seconds(command), processor_seconds([sys.executable, "-c", "pass"]))
-                for _ in range(args.runs)
-            ]
-            low, middle, high = statistics.quantiles([seconds for seconds, _ in pairs], n=4)
-            ratio = statistics.median(seconds / nothing for seconds, nothing in pairs)
-            print(f"| {arguments} | {middle:.3f} s [{low:.3f}, {high:.3f}] | {ratio:.1f} |")
+            alternatives = {"command": command, "nothing": [sys.executable, "-c", "pass"]}
+            times = in_turns(alternatives, args.runs, arguments, processor_seconds)
+            report.add(
+                "Command line",
+                **{"`emma-hf`": f"`{arguments}`", "processor time, s": quartiles(times["command"])},
+                **{"of `python -c pass`": ratio(times["command"], times["nothing"])},
+            )
+    report.save()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
 """Peak memory of the converter, on a checkpoint of 1 GB and on one of 4 GB: it must not grow with the model.
 
 Both are written first, in the authors' layout with shards of 256 MB, random weights, and real file formats. Each is
-converted in a process of its own, whose peak resident memory is read, and a sample of its tensors is compared.
+converted in processes of their own, in turns, whose peak resident memory and time are read, and a sample of its tensors
+is compared.
 
-    python benchmarks/convert.py [--gigabytes 1 4]
+    python benchmarks/convert.py [--gigabytes 1 4] [--runs 3] [--output FOLDER]
 """
 
-import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
+import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
+from common import REFERENCE, Report, argument_parser, in_turns, ratio, run_python
 from safetensors import safe_open
-from tqdm import tqdm
 
 from emma_hf.storage.tensors import MemoryTensor, write_shards
 
-REFERENCE = Path(__file__).parent.parent / "tests" / "fixtures" / "reference" / "original"
 WIDTH, INNER, VOCABULARY = 2048, 5504, 700
 SHARD = 256_000_000
 
@@ -44,7 +42,7 @@ def layer_shapes(index: int) -> dict[str, tuple[int, ...]]:
 
 def write_checkpoint(folder: Path, size: int) -> int:
     """Write a checkpoint of about `size` bytes; returns how many it has."""
-    shutil.copytree(REFERENCE, folder)
+    shutil.copytree(REFERENCE / "original", folder)
     for path in folder.glob("model*"):
         path.unlink()
     shapes = {
@@ -89,33 +87,37 @@ def verify(source: Path, output: Path) -> None:
                 raise SystemExit(f"{name} was not converted exactly; no figure is worth printing.")
 
 
-def run(code: str, *arguments: str | Path) -> str:
-    """The last word that `code` prints in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout.split()[-1]
+def convert(source: Path) -> dict[str, float]:
+    """Peak memory in bytes and seconds of one conversion, imports included, whose result is compared."""
+    output = source.with_name(f"{source.name}-converted")
+    start = time.perf_counter()
+    peak = int(run_python(CONVERT, source, output, source / "clip", SHARD))
+    seconds = time.perf_counter() - start
+    verify(source, output)
+    shutil.rmtree(output)
+    return {"peak": peak, "seconds": seconds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4])
-    sizes = parser.parse_args().gigabytes
-    peaks = []
-    print("| checkpoint | largest shard | peak resident memory |\n|---|---|---|")
-    for size in tqdm(sizes, leave=False):
-        with tempfile.TemporaryDirectory() as folder:
-            source, output = Path(folder) / "source", Path(folder) / "output"
-            written = write_checkpoint(source, int(size * 1e9))
-            arguments = [source, output, source / "clip", str(SHARD)]
-            peaks.append(int(run(CONVERT, *arguments)))
-            verify(source, output)
-            largest = max(path.stat().st_size for path in output.glob("*.safetensors"))
-            print(f"| {written / 1e9:.2f} GB | {largest / 1e6:.0f} MB | {peaks[-1] / 1e6:.0f} MB |", flush=True)
-    idle = int(run("import emma_hf.conversion.converter, memory; print(memory.peak_resident())"))
-    print(f"\nimports alone: {idle / 1e6:.0f} MB")
-    print(f"largest peak over smallest: {max(peaks) / min(peaks):.3f} (target: under 1.10)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1, 4], help="sizes of the checkpoints")
+    parser.add_argument("--runs", type=int, default=3, help="conversions of each (default: 3)")
+    args = parser.parse_args()
+    report = Report("convert", args)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {size: Path(folder) / str(size) for size in sorted(args.gigabytes)}
+        written = {size: write_checkpoint(source, int(size * 1e9)) for size, source in sources.items()}
+        found = in_turns(sources, args.runs, "conversions", convert, warmup=0)
+    idle = int(run_python("import emma_hf.conversion.converter, memory; print(memory.peak_resident())"))
+    peaks = {size: [each["peak"] for each in runs] for size, runs in found.items()}
+    for size, runs in found.items():
+        report.add(
+            "Conversion, in shards of 256 MB",
+            **{"checkpoint, GB": written[size] / 1e9, "peak memory, MB": statistics.median(peaks[size]) / 1e6},
+            **{"of the smallest checkpoint's peak": ratio(peaks[size], peaks[min(peaks)])},
+            **{"imports alone, MB": idle / 1e6, "time, s": statistics.median(each["seconds"] for each in runs)},
+        )
+    report.save()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""What loading emma-tiny and one answer cost: process time, beyond importing torch and the parts of Transformers.
+"""The cost of loading emma-tiny and one answer: processor time, beyond importing torch and the parts of Transformers.
 
-Each run is a process of its own that reads its processor clock at four marks, and whose answer is compared with what
-the scene's facts say.
+Each run is a process of its own that reads its processor clock at five marks, and whose answer is compared with what
+the scene's facts say. The ratio is that of the whole process to the imports of torch and Transformers in it.
 
-    python benchmarks/first_answer.py [--runs 10]
+    python benchmarks/first_answer.py [--runs 10] [--output FOLDER]
 """
 
-import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
+
+from common import Report, argument_parser, in_turns, quartiles, ratio, run_python
 
 # The classes are what EMMA is made of: Transformers imports a part of itself when it is first named.
 BEFORE = """
@@ -20,7 +18,7 @@ import torch, transformers
 marks = {"import torch, transformers": time.process_time()}
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast
-marks["their parts"] = time.process_time()
+marks["import the parts of Transformers that are used"] = time.process_time()
 """
 AFTER = """
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
@@ -39,15 +37,14 @@ tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 said = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 marks["answer"] = time.process_time()
 right = said.strip() == str(len(Scene.random(SEED).things))
+print(json.dumps([marks, right]))
 """
 SEED = 4
 
 
-def run() -> dict[str, float]:
+def measure(code: str) -> dict[str, float]:
     """Seconds of processor time of each part of one process."""
-    code = f"SEED = {SEED}\n{BEFORE}{AFTER}\nprint(json.dumps([marks, right]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    marks, right = json.loads(done.stdout.splitlines()[-1])
+    marks, right = json.loads(run_python(code))
     if not right:
         raise SystemExit("The answer is wrong, so its cost means nothing.")
     ends = [0.0, *marks.values()]
@@ -55,19 +52,22 @@ def run() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=10, help="processes (default: 10)")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    run()
-    runs = [run() for _ in range(args.runs)]
-    imports = ("import torch, transformers", "their parts")
-    rows = {name: [one[name] for one in runs] for name in runs[0]}
-    rows["beyond the imports"] = [sum(value for name, value in one.items() if name not in imports) for one in runs]
-    print("| part | process time: median [quartiles] |\n|---|---|")
-    for name, seconds in rows.items():
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        print(f"| {name} | {middle:.2f} s [{low:.2f}, {high:.2f}] |")
+    report = Report("first_answer", args)
+    runs = in_turns({"answer": f"SEED = {SEED}\n{BEFORE}{AFTER}"}, args.runs, "processes", measure)["answer"]
+    imports = [sum(list(run.values())[:2]) for run in runs]
+    parts = {name: [run[name] for run in runs] for name in runs[0]}
+    parts["all"] = [sum(run.values()) for run in runs]
+    for name, seconds in parts.items():
+        report.add(
+            "First answer",
+            **{"part": name, "processor time, s": quartiles(seconds)},
+            **{"of the imports of torch and Transformers": ratio(seconds, imports)},
+        )
+    report.save()
 
 
 if __name__ == "__main__":

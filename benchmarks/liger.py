@@ -1,42 +1,33 @@
 """A training step with Liger's kernels against the plain one: the released model's widths, few layers, on CUDA.
 
 Both train the same language model, projector and modality adaptation on the same batch; the towers are small and
-frozen, so that they hide nothing. Losses and gradients are compared first, in float32 with one layer and then in the
-dtype that is measured. Steps (forward, backward, AdamW) then alternate in one process; peak memory is the allocator's,
-in turns too. Without a CUDA device there is nothing to measure.
+frozen, so that the language model decides the time. Losses and gradients are compared first, in float32 with one layer
+and then in the dtype that is measured. Steps (forward, backward, AdamW) then run in turns in one process, first timed
+and then with the peak of the allocated memory read. Without a CUDA device there is nothing to measure.
 
-    python benchmarks/liger.py [--rows 4] [--words 448] [--layers 4] [--runs 20]
+    python benchmarks/liger.py [--rows 4] [--words 448] [--layers 4] [--runs 20] [--output FOLDER]
 """
 
-import argparse
-import statistics
-from functools import partial
+from statistics import median
 
 import torch
-from measure import Report, in_turns, ratio
-from transformers import CLIPTextConfig, CLIPVisionConfig
+from common import Report, argument_parser, emma_config, in_turns, random_batch, ratio
 from transformers.models.llama import modeling_llama
 
-from emma_hf import EmmaConfig, EmmaForConditionalGeneration
+from emma_hf import EmmaForConditionalGeneration
 from emma_hf.training import prepare
 
-TEXT = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-TEXT |= {"vocab_size": 32001, "max_position_embeddings": 4096}
-CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-IMAGE, TOKENS = 32000, 576
 PLAIN_ROTARY = modeling_llama.apply_rotary_pos_emb
+CUDA = torch.device("cuda")
 
 
 def build(layers: int, dtype: torch.dtype, liger: bool) -> torch.nn.Module:
     from emma_hf.integrations.liger import apply_liger_kernel_to_emma
 
     torch.manual_seed(0)
-    config = EmmaConfig(
-        vision_config=CLIPVisionConfig(**CLIP, image_size=336, patch_size=14),
-        instruction_config=CLIPTextConfig(**CLIP, vocab_size=49408, max_position_embeddings=77),
-        text_config={**TEXT, "num_hidden_layers": layers},
-        image_token_index=IMAGE,
-    )
+    config = emma_config("7b", num_hidden_layers=layers)
+    for tower in (config.vision_config, config.instruction_config):
+        tower.update({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2})
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):
         model = prepare(EmmaForConditionalGeneration(config), "finetune").train()
@@ -54,18 +45,6 @@ def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     return model(**batch).loss
 
 
-def batch_of(rows: int, words: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    some = torch.randint(3, IMAGE, (rows, words), generator=generator)
-    ids = torch.cat([some[:, :8], torch.full((rows, TOKENS), IMAGE), some[:, 8:]], dim=1)
-    labels = ids.clone()
-    labels[:, : TOKENS + words // 2] = -100
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["pixel_values"] = torch.randn(rows, 3, 336, 336, generator=generator).to(dtype)
-    batch["instruction_input_ids"] = torch.randint(1, 49000, (rows, 77), generator=generator)
-    return {name: value.cuda() for name, value in batch.items()}
-
-
 def gradients(model: torch.nn.Module, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
     loss = loss_of(model, batch)
     loss.backward()
@@ -76,14 +55,14 @@ def gradients(model: torch.nn.Module, batch: dict) -> tuple[float, dict[str, tor
 
 def verify(layers: int, rows: int, words: int, dtype: torch.dtype, bound: float) -> float:
     """The largest relative difference of a loss or a gradient between the two, at most `bound`."""
-    batch = batch_of(rows, words, dtype)
+    batch = random_batch(rows, words, dtype, CUDA)
     results = []
     for liger in (False, True):
         results.append(gradients(build(layers, dtype, liger), batch))
         torch.cuda.empty_cache()
     (plain, expected), (fused, found) = results
     if expected.keys() != found.keys():
-        raise SystemExit("The gradients are not of the same weights; no time is worth printing.")
+        raise SystemExit("The gradients belong to different weights; no time is worth printing.")
     apart = {n: ((found[n].float() - g.float()).norm() / g.float().norm()).item() for n, g in expected.items()}
     apart["loss"] = abs(plain - fused) / plain
     worst = max(apart, key=apart.__getitem__)
@@ -118,40 +97,39 @@ def peak(step: Step) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="rows in the batch")
     parser.add_argument("--words", type=int, default=448, help="text tokens of a row, half of them learned")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=20, help="rounds of both")
+    parser.add_argument("--runs", type=int, default=20, help="rounds of both (default: 20)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("There is no CUDA device: nothing to measure.")
         return
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    exact = verify(1, 1, 64, torch.float32, 1e-3)
-    rounded = verify(args.layers, 1, args.words, dtype, 0.1)
-    report = Report("liger", device)
-    print(f"Largest relative difference of loss and gradients: {exact:.1e} in float32, {rounded:.1e} in bfloat16.\n")
+    dtype = torch.bfloat16
+    report = Report("liger", args)
+    for name, apart in (
+        ("float32, one layer", verify(1, 1, 64, torch.float32, 1e-3)),
+        ("bfloat16", verify(args.layers, 1, args.words, dtype, 0.1)),
+    ):
+        report.add("Largest relative difference of loss and gradients", dtype=name, difference=apart)
     for rows in args.rows:
-        batch = batch_of(rows, args.words, dtype)
+        batch = random_batch(rows, args.words, dtype, CUDA)
         steps = {name: Step(args.layers, dtype, name == "liger", batch) for name in ("plain", "liger")}
-        times = in_turns({name: partial(step) for name, step in steps.items()}, args.runs, device, f"{rows} rows")
-        peaks = [{name: peak(step) for name, step in steps.items()} for _ in range(5)]
-        sizes = {name: [each[name] for each in peaks] for name in steps}
-        whole, above = (
-            ratio([size[place] for size in sizes["liger"]], [size[place] for size in sizes["plain"]])
-            for place in (0, 1)
-        )
+        times = in_turns(steps, args.runs, f"{rows} rows")
+        peaks = in_turns(steps, 5, f"memory, {rows} rows", peak)
+        (whole, above), (plain_whole, plain_above) = (zip(*peaks[name]) for name in ("liger", "plain"))
         report.add(
+            "Training step with Liger's kernels",
             rows=rows,
-            **{"plain s": statistics.median(times["plain"]), "liger s": statistics.median(times["liger"])},
-            **{"time": ratio(times["liger"], times["plain"])},
-            **{"plain GB": statistics.median(size[0] for size in sizes["plain"]) / 1e9},
-            **{"peak, weights and AdamW included": whole, "peak of the step above them": above},
+            **{"plain, s": median(times["plain"]), "Liger, s": median(times["liger"])},
+            **{"time, Liger / plain": ratio(times["liger"], times["plain"]), "plain, GB": median(plain_whole) / 1e9},
+            **{"peak, weights and AdamW included": ratio(whole, plain_whole)},
+            **{"peak of the step above them": ratio(above, plain_above)},
         )
         del steps
         torch.cuda.empty_cache()
-    report.print_table()
+    report.save()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""What 4-bit and 8-bit weights cost and save: memory by component, peak while loading, answers, speed of decoding.
+"""4-bit and 8-bit weights against bfloat16: memory by component, peak while loading, answers, speed of decoding.
 
 Memory of the 7B geometry is computed from shapes, by a rule that is first compared with the bytes of a loaded
 emma-tiny. The peak while loading is that of a process that reads random weights of a billion parameters, written in
-shards. Answers are emma-tiny's, to the same fresh questions as in bfloat16; the runs of the speed follow each other in
-turns.
+shards. Answers are emma-tiny's, to the same fresh questions as in bfloat16. Formats are loaded and decode in turns.
 
-    python benchmarks/quantization.py [--questions 2000] [--runs 7]
+    python benchmarks/quantization.py [--questions 2000] [--loads 3] [--runs 7] [--output FOLDER]
 """
 
-import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import Report, argument_parser, emma_config, in_turns, quartiles, ratio, run_python
 from memory import anonymous, sampled_peak
 from transformers import BitsAndBytesConfig
 
@@ -35,8 +34,7 @@ COMPONENTS = {
     "modality adaptation": "model.modality_adaptation.",
     "projector": "model.multi_modal_projector.",
 }
-# A language model of a billion parameters under the towers of 7B, and the size of its files.
-LOADED = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 20, "num_attention_heads": 16}
+# Bytes of the files of the checkpoint that is loaded: the towers of 7B and a language model of a billion parameters.
 SHARD = 200_000_000
 
 
@@ -83,122 +81,139 @@ def measured(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def memory_table() -> str:
+def report_memory(report: Report) -> None:
     """The 7B geometry, computed by a rule that is exact for emma-tiny."""
     for name in FORMATS:
-        model = load(EMMA_TINY, name)
-        held, rule = measured(model), computed(load(EMMA_TINY, "bf16"), name)
+        held, rule = measured(load(EMMA_TINY, name)), computed(load(EMMA_TINY, "bf16"), name)
         if held != rule:
             raise SystemExit(f"The rule is wrong for {name}: {rule} by rule, {held} in memory.")
     with torch.device("meta"):
         model = EmmaForConditionalGeneration(EmmaConfig())
-    columns = [computed(model, name) for name in FORMATS]
-    lines = ["| 7B geometry, GB (computed) | bf16 | int8 | nf4, double |", "|---|---|---|---|"]
+    found = {name: computed(model, name) for name in FORMATS}
     for component in COMPONENTS:
-        lines.append(f"| {component} | " + " | ".join(f"{column[component] / 1e9:.3f}" for column in columns) + " |")
-    lines.append("| all | " + " | ".join(f"{sum(column.values()) / 1e9:.2f}" for column in columns) + " |")
-    return "\n".join(lines)
+        sizes = {f"{name}, GB": found[name][component] / 1e9 for name in FORMATS}
+        report.add("Memory of the 7B geometry, computed", component=component, **sizes)
+    sizes = {name: sum(found[name].values()) for name in FORMATS}
+    report.add(
+        "Memory of the 7B geometry, computed",
+        component="all",
+        **{f"{name}, GB": size / 1e9 for name, size in sizes.items()},
+    )
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Random weights, the towers and modality adaptation of 7B with a smaller language model."""
     torch.manual_seed(0)
-    config = EmmaConfig(text_config={"model_type": "llama", "vocab_size": 32064, **LOADED})
-    model = EmmaForConditionalGeneration(config).to(torch.bfloat16)
+    model = EmmaForConditionalGeneration(emma_config("1b", vocab_size=32064)).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=SHARD)
 
 
-def loading_peak(folder: Path, name: str) -> None:
-    """Print, in a process of its own, bytes of the weights, of memory that is no file's afterwards, and of its peak."""
+def loading_memory(folder: Path, name: str) -> dict[str, int]:
+    """Bytes of the weights, of the memory that belongs to no file after loading, and of its peak in this process."""
     load(EMMA_TINY, name)
     before = anonymous()
     with sampled_peak() as peak:
         model = load(folder, name)
-    print(json.dumps([sum(measured(model).values()), anonymous() - before, peak[0]]))
+    return {"weights": sum(measured(model).values()), "after": anonymous() - before, "peak": peak[0]}
 
 
-def loading_table() -> str:
-    lines = ["| loading | weights | memory after, mapped files apart | peak | peak less one shard, to weights |"]
-    lines.append("|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "--write", folder], check=True)
-        for name in FORMATS:
-            command = [sys.executable, __file__, "--load", folder, "--format", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            weights, after, peak = json.loads(done.stdout.splitlines()[-1])
-            columns = " | ".join(f"{value / 1e9:.2f} GB" for value in (weights, after, peak))
-            lines.append(f"| {name} | {columns} | {max(0, peak - SHARD) / weights:.2f} |")
-    return "\n".join(lines)
+# In processes of their own: this one must not hold the memory.
+WRITE = """
+import sys
+from quantization import Path, write_checkpoint
+write_checkpoint(Path(sys.argv[1]))
+print("written")
+"""
+LOAD = """
+import json, sys
+from pathlib import Path
+from quantization import loading_memory
+print(json.dumps(loading_memory(Path(sys.argv[1]), sys.argv[2])))
+"""
 
 
-def answer_table(questions: int) -> str:
+def report_loading(report: Report, folder: Path, loads: int) -> None:
+    found = in_turns(
+        {name: name for name in FORMATS},
+        loads,
+        "loading",
+        lambda name: json.loads(run_python(LOAD, folder, name)),
+        warmup=0,
+    )
+    for name, runs in found.items():
+        sizes = {f"{what}, GB": statistics.median(run[what] for run in runs) / 1e9 for what in runs[0]}
+        above_a_shard = [max(0, run["peak"] - SHARD) / run["weights"] for run in runs]
+        report.add(
+            "Loading, pages that are mapped from files apart",
+            **{"format": name, **sizes, "peak less one shard / weights": quartiles(above_a_shard)},
+        )
+
+
+def report_answers(report: Report, questions: int) -> None:
     processor = EmmaProcessor.from_pretrained(EMMA_TINY)
     asked = fresh_questions(questions, seed=1)
     said = {
         name: answers(load(EMMA_TINY, name), processor, [(scene, question.text) for scene, question in asked])
         for name in FORMATS
     }
-    right = {
+    correct = {
         name: [is_right(text, question.answer) for text, (_, question) in zip(texts, asked)]
         for name, texts in said.items()
     }
-    head = f"| emma-tiny, {questions} questions | right | against bf16, points [95%] | same answer |"
-    lines = [head, "|---|---|---|---|"]
     for name in FORMATS:
-        pairs = [after - before for before, after in zip(right["bf16"], right[name])]
+        pairs = [after - before for before, after in zip(correct["bf16"], correct[name])]
         change = 100 * statistics.fmean(pairs)
         spread = 100 * 1.96 * statistics.stdev(pairs) / math.sqrt(len(pairs))
-        same = statistics.fmean(one == other for one, other in zip(said["bf16"], said[name]))
-        share = statistics.fmean(right[name])
-        lines.append(
-            f"| {name} | {share:.1%} | {change:+.2f} [{change - spread:+.2f}, {change + spread:+.2f}] | {same:.1%} |"
+        report.add(
+            f"Answers of emma-tiny to {questions} questions",
+            **{"format": name, "correct, %": 100 * statistics.fmean(correct[name])},
+            **{"against bf16, points [95%]": (change, change - spread, change + spread)},
+            **{"same answer, %": 100 * statistics.fmean(a == b for a, b in zip(said["bf16"], said[name]))},
         )
-    return "\n".join(lines)
 
 
-def speed_table(folder: Path, runs: int, tokens: int = 24) -> str:
-    """Tokens a second of decoding, formats in turns."""
-    models = {name: load(folder, name) for name in FORMATS}
+def tokens_a_second(model: EmmaForConditionalGeneration, tokens: int = 24) -> float:
+    """Of decoding in batch 1, the first token apart."""
     ids = torch.arange(100, 132)[None]
+    generate = partial(model.generate, input_ids=ids, do_sample=False)
+    start = time.perf_counter()
+    first = generate(min_new_tokens=1, max_new_tokens=1)
+    middle = time.perf_counter()
+    whole = generate(min_new_tokens=tokens, max_new_tokens=tokens)
+    end = time.perf_counter()
+    if first.shape[1] != 33 or whole.shape[1] != 32 + tokens or not torch.equal(first, whole[:, :33]):
+        raise SystemExit("The first token depends on how many follow it.")
+    return (tokens - 1) / (end - middle - (middle - start))
 
-    def rate(model: EmmaForConditionalGeneration) -> float:
-        options = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
-        start = time.perf_counter()
-        first = model.generate(input_ids=ids, **{**options, "min_new_tokens": 1, "max_new_tokens": 1})
-        middle = time.perf_counter()
-        whole = model.generate(input_ids=ids, **options)
-        if first.shape[1] != 33 or whole.shape[1] != 32 + tokens or not torch.equal(first, whole[:, :33]):
-            raise SystemExit("The first token depends on how many follow it.")
-        return (tokens - 1) / (time.perf_counter() - middle - (middle - start))
 
-    for model in models.values():
-        rate(model)
-    rates = [{name: rate(model) for name, model in models.items()} for _ in range(runs)]
-    lines = ["| decoding, batch 1 | tokens a second | against bf16 [quartiles] |", "|---|---|---|"]
-    for name in FORMATS:
-        low, middle, high = statistics.quantiles([one[name] / one["bf16"] for one in rates], n=4)
-        rate_of = statistics.median(one[name] for one in rates)
-        lines.append(f"| {name} | {rate_of:.1f} | {middle:.2f} [{low:.2f}, {high:.2f}] |")
-    return "\n".join(lines)
+def report_speed(report: Report, folder: Path, runs: int) -> None:
+    models = {name: load(folder, name) for name in FORMATS}
+    rates = in_turns(models, runs, "decoding", tokens_a_second)
+    for name, rate in rates.items():
+        report.add(
+            "Decoding, batch 1",
+            **{
+                "format": name,
+                "tokens/s": statistics.median(rate),
+                "times faster than bf16": ratio(rate, rates["bf16"]),
+            },
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=2000)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--format", choices=FORMATS, help=argparse.SUPPRESS)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--questions", type=int, default=2000, help="questions to emma-tiny (default: 2000)")
+    parser.add_argument("--loads", type=int, default=3, help="processes that load each format (default: 3)")
+    parser.add_argument("--runs", type=int, default=7, help="rounds of decoding (default: 7)")
     args = parser.parse_args()
-    if args.write:
-        write_checkpoint(args.write)
-    elif args.load:
-        loading_peak(args.load, args.format)
-    else:
-        print(memory_table(), loading_table(), answer_table(args.questions), sep="\n\n")
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, __file__, "--write", folder], check=True)
-            print("", speed_table(Path(folder), args.runs), sep="\n")
+    report = Report("quantization", args)
+    report.about["versions"]["bitsandbytes"] = version("bitsandbytes")
+    report_memory(report)
+    report_answers(report, args.questions)
+    with tempfile.TemporaryDirectory() as folder:
+        run_python(WRITE, folder)
+        report_loading(report, Path(folder), args.loads)
+        report_speed(report, Path(folder), args.runs)
+    report.save()
 
 
 if __name__ == "__main__":

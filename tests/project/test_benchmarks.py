@@ -1,6 +1,8 @@
-"""The benchmarks' own arithmetic, their runner, and a short run of those that compare with LLaVA."""
+"""The benchmarks' own arithmetic and reports, the page that is made from them, their runner, and short runs."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,48 +13,107 @@ import torch
 from emma_hf.tiny.recipe import has_fast_bfloat16
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 # A processor without bfloat16 takes an hour for what float32 does in minutes.
 DTYPE = "bfloat16" if has_fast_bfloat16(torch.cpu.get_capabilities()) else "float32"
 
 
 @pytest.fixture
-def measure(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import measure
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
 
-    return measure
+    return common
 
 
-def test_a_ratio_is_that_of_neighbours(measure):
+@pytest.fixture
+def runner(common, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import benchmarks.__main__ as runner
+
+    return runner
+
+
+def test_a_ratio_is_that_of_neighbors(common):
     # The machine slowed down tenfold between the rounds; the alternatives differ by 2 all the same.
-    assert measure.ratio([2.0, 20.0, 4.0, 40.0], [1.0, 10.0, 2.0, 20.0]) == (2.0, 2.0, 2.0)
-    middle, low, high = measure.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
-    assert middle == 2.0
-    assert low == 1.0
-    assert high == 3.0
-    assert measure.shown((1.23456, 1.0, 2.0)) == "1.235 [1.000, 2.000]"
+    assert common.ratio([2.0, 20.0, 4.0, 40.0], [1.0, 10.0, 2.0, 20.0]) == (2.0, 2.0, 2.0)
+    assert common.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == (2.0, 1.0, 3.0)
 
 
-def test_alternatives_run_in_turns_and_the_first_round_does_not_count(measure):
+def test_alternatives_run_in_turns_and_the_first_round_does_not_count(common):
     order = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = measure.in_turns(calls, 2, torch.device("cpu"), "")
-    assert order == list("ababab")
-    assert {name: len(of) for name, of in times.items()} == {"a": 2, "b": 2}
+
+    def measure(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    found = common.in_turns({"first": "a", "second": "b"}, 2, "", measure)
+    assert order == list("abbaab")
+    assert found == {"first": [4, 5], "second": [3, 6]}
 
 
-def test_a_report_is_a_table_json_and_a_plot(measure, tmp_path, capsys):
-    report = measure.Report("some", torch.device("cpu"))
+def test_a_report_is_tables_json_and_plots(common, tmp_path, capsys):
+    args = argparse.Namespace(output=tmp_path / "out", runs=3, dtypes=["float32"], compile=False)
+    report = common.Report("some", args)
     for images in (1, 2):
-        report.add(dtype="float32", images=images, s=0.25, against=(1.0 * images, 0.9, 2.5), limit=None)
-    report.save(tmp_path / "out", "images", "against", "dtype")
+        report.add("The path", dtype="float32", images=images, s=0.25, against=(1.0 * images, 0.9, 2.5), limit=None)
+    report.save()
+    report.plot("The path", "images", "against", "dtype")
     out = capsys.readouterr().out
-    assert "| dtype | images | s | against | limit |" in out
-    assert "| float32 | 2 | 0.25 | 2.000 [0.900, 2.500] |  |" in out
+    assert "**The path**\n\n| dtype | images | s | against | limit |\n|---|" in out
+    assert "| float32 | 2 | 0.25 | 2 [0.9, 2.5] |  |" in out
+    assert out.endswith("; `--runs 3 --dtypes float32`.\n")
     saved = json.loads((tmp_path / "out" / "some.json").read_text())
-    assert saved["rows"][1]["against"] == [2.0, 0.9, 2.5]
-    assert "torch" in saved["about"]
-    assert (tmp_path / "out" / "some.png").stat().st_size > 5000
+    assert saved["tables"]["The path"][1]["against"] == [2.0, 0.9, 2.5]
+    assert saved["about"]["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(saved)
+    assert (tmp_path / "out" / "some-the-path.png").stat().st_size > 5000
+
+
+def test_the_documents_show_the_committed_results(runner):
+    """What `python -m benchmarks --render` would write is there, and every result is shown once."""
+    shown = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert runner.rendered(text) == text, f"{page.name}: run `python -m benchmarks --render`"
+        shown += re.findall(r"<!-- results: (\w+) -->", text)
+    assert sorted(shown) == [path.stem for path in RESULTS]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_says_how_it_came_to_be(path, runner):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    about = result["about"]
+    assert path.stem in runner.PARTS
+    assert result["tables"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"])
+    assert about["machine"]
+    assert about["arguments"]
+    assert {"torch", "Transformers"} <= about["versions"].keys()
+    # Either measured by the script as it is, or transcribed from where it stood before.
+    assert "emma-hf" in about["versions"] or about["note"].startswith("Transcribed from ")
+
+
+def test_the_pair_has_the_same_weights_and_logits(common):
+    # Small towers: those of the released model take a minute.
+    config = common.emma_config("45m", num_hidden_layers=1)
+    for tower in (config.vision_config, config.instruction_config):
+        tower.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2})
+    emma, llava = common.build_pair(config, torch.float32, torch.device("cpu"))
+    batch = common.random_batch(1, 16, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        ours, theirs = emma(**batch), llava(**common.for_llava(batch))
+    torch.testing.assert_close(ours.logits, theirs.logits)
+    assert ours.loss == theirs.loss
+    assert torch.get_default_dtype() == torch.float32
+    assert all(weight.device.type == "cpu" for weight in llava.parameters())
+
+
+def test_a_process_of_its_own_imports_the_benchmarks_and_says_why_it_fails(common):
+    assert int(common.run_python("import memory; print(memory.peak_resident())")) > 1e6
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        common.run_python("1 / 0")
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
@@ -60,29 +121,29 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
-def test_the_runner_names_its_parts():
+def test_the_runner_names_its_parts(runner):
     done = bench("visoin")
     assert done.returncode == 2
-    assert "unknown parts ['visoin']: choose from vision, language" in done.stderr
-    assert "adaptation" in bench("--help").stdout
-    for part in bench("--help").stdout.split("parts:")[1].splitlines():
-        assert not part.strip() or (ROOT / "benchmarks" / f"{part.split()[0]}.py").is_file(), part
+    assert "unknown parts ['visoin']: choose from vision, language_model, modality_adaptation" in done.stderr
+    assert f"  processor           {runner.PARTS['processor']}" in bench("--help").stdout
+    others = {"__main__", "common", "memory"}
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} - others == runner.PARTS.keys()
 
 
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "results"),
+    ("part", "arguments", "ratios"),
     [
-        ("vision.py", ["--dtypes", DTYPE, "--images", "1", "--questions", "2"], {"vision-path": "EMMA / LLaVA", "questions-per-image": "against one question"}),
-        ("language.py", ["--dtype", DTYPE, "--words", "64", "--rows", "1"], {"prefill": "EMMA / LLaVA", "decoding": "LLaVA / it"}),
+        ("vision", ["--dtypes", DTYPE, "--images", "1", "--questions", "2"], {"Vision path": "EMMA / LLaVA", "Questions about one image": "`encode_image` / one question"}),
+        ("language_model", ["--dtype", DTYPE, "--words", "64", "--rows", "1"], {"Prefill": "EMMA / LLaVA", "Decoding": "times faster than LLaVA"}),
     ],
 )  # fmt: skip
-def test_what_is_compared_with_llava_agrees_with_it(script, arguments, results, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--runs", "2", "--output", str(tmp_path), *arguments]
+def test_what_is_compared_with_llava_agrees_with_it(part, arguments, ratios, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{part}.py"), "--runs", "2", "--output", str(tmp_path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
-    for name, column in results.items():
-        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-        assert rows
-        assert all(row[column][0] > 0 for row in rows)
+    tables = json.loads((tmp_path / f"{part}.json").read_text())["tables"]
+    for table, column in ratios.items():
+        assert tables[table]
+        assert all(row[column][0] > 0 for row in tables[table])

@@ -1,14 +1,13 @@
 """The modality adaptation alone, at the released model's sizes in bfloat16: kernels against plain PyTorch, on CUDA.
 
-Output and gradients are first compared with float64. Then both run in turn, each time with a cold cache; two
-neighbouring runs give one ratio. "Called" is a call from Python, "graph" the replay of a CUDA graph, in which only the
-GPU's work counts. The limit is the larger of bytes over the bandwidth and operations over the rate of a large product,
-both measured here. Without a CUDA device the comparison runs in Triton's interpreter, and there is nothing to measure.
+Output and gradients are first compared with float64. Then both run in turns, each time with a cold cache; neighboring
+runs give one ratio. "Called" is a call from Python, "graph" the replay of a CUDA graph, in which only the GPU's work
+counts. The limit is the larger of bytes over the bandwidth and operations over the rate of a large product, both
+measured here. Without a CUDA device the comparison runs in Triton's interpreter, and there is nothing to measure.
 
-    python benchmarks/adaptation.py [--batches 1 2 4 8 16 32 64] [--pairs 50]
+    python benchmarks/modality_adaptation.py [--images 1 2 4 8 16 32 64] [--runs 50] [--output FOLDER]
 """
 
-import argparse
 import os
 import statistics
 
@@ -17,6 +16,8 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is imported, which the package does.
     os.environ["TRITON_INTERPRET"] = "1"
+
+from common import Report, argument_parser, in_turns, matmul_rate, ratio
 
 from emma_hf.model import fused_alignment as fused
 
@@ -73,7 +74,7 @@ def verify(images: int, device: str, sizes=(VISUAL, INSTRUCTION, WIDTH, WIDTH_IN
 
 
 class Timer:
-    """Milliseconds of one run on the GPU, in a cold cache."""
+    """Seconds of one run on the GPU, in a cold cache."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -85,7 +86,7 @@ class Timer:
         function()
         self.end.record()
         torch.cuda.synchronize()
-        return self.start.elapsed_time(self.end)
+        return self.start.elapsed_time(self.end) / 1e3
 
 
 def captured(function):
@@ -104,13 +105,11 @@ def captured(function):
     return graph.replay
 
 
-def measured_limits(timer: Timer) -> tuple[float, float]:
-    """Bytes and operations in a millisecond: of a large copy, and of a large bfloat16 product."""
-    source, matrix = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1 << 29,), (8192, 8192)))
+def copy_bandwidth(timer: Timer) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    copy = statistics.median(timer(lambda: target.copy_(source)) for _ in range(20))
-    product = statistics.median(timer(lambda: matrix @ matrix) for _ in range(20))
-    return 2 * source.nbytes / copy, 2 * 8192**3 / product
+    return 2 * source.nbytes / statistics.median(timer(lambda: target.copy_(source)) for _ in range(20))
 
 
 def work(images: int, backward: bool) -> tuple[int, int]:
@@ -127,51 +126,43 @@ def work(images: int, backward: bool) -> tuple[int, int]:
     return BYTES * numbers, operations
 
 
-def quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="images")
-    parser.add_argument("--pairs", type=int, default=50, help="neighbouring runs per row (default: 50)")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="numbers of images")
+    parser.add_argument("--runs", type=int, default=50, help="rounds per row (default: 50)")
     args = parser.parse_args()
     if fused.triton is None:
         raise SystemExit('The kernels need the package triton: pip install "emma-hf[kernels]".')
     if not torch.cuda.is_available():
-        ratio = verify(2, "cpu", (40, 9, 48, 20))
-        print(f"Triton's interpreter: errors of the kernels are at most {ratio:.2f} times eager's, against float64.")
+        error = verify(2, "cpu", (40, 9, 48, 20))
+        print(f"Triton's interpreter: errors of the kernels are at most {error:.2f} times eager's, against float64.")
         print("There is no CUDA device, so there is nothing to measure.")
         return
     timer = Timer()
-    bandwidth, rate = measured_limits(timer)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {fused.triton.__version__}, bfloat16")
-    print(f"Measured limits: {bandwidth / 1e9:.2f} TB/s, {rate / 1e9:.0f} TFLOP/s; {args.pairs} pairs per row.")
-    print("Ratio: eager's time over the kernels', median [lower, upper quartile].\n")
-    print("| images | what | how | eager | kernels | times faster | limit over kernels | error over eager's |")
-    print("|---|---|---|---|---|---|---|---|")
-    for images in args.batches:
+    bandwidth, rate = copy_bandwidth(timer), matmul_rate(torch.device("cuda"), torch.bfloat16)
+    report = Report("modality_adaptation", args)
+    report.about["versions"]["Triton"] = fused.triton.__version__
+    report.add("Limits", **{"bandwidth, TB/s": bandwidth / 1e12, "large product, TFLOP/s": rate / 1e12})
+    for images in args.images:
         error = verify(images, "cuda")
-        eager, ours = (Adaptation(operations, images, "cuda") for operations in (EAGER, TRITON))
+        operands = {
+            name: Adaptation(operations, images, "cuda") for name, operations in (("eager", EAGER), ("kernels", TRITON))
+        }
         for what, backward in (("forward", False), ("forward and backward", True)):
-            runs = [side.both if backward else torch.no_grad()(side.forward) for side in (eager, ours)]
+            called = {name: side.both if backward else torch.no_grad()(side.forward) for name, side in operands.items()}
+            graphs = {name: captured(function) for name, function in called.items()}
             needed, operations = work(images, backward)
             limit = max(needed / bandwidth, operations / rate)
-            for how in ("called", "graph"):
-                functions = [captured(run) for run in runs] if how == "graph" else runs
-                times = []
-                for index in range(args.pairs + 5):
-                    # Which one goes first changes, so that no order is favoured; the first five pairs warm up.
-                    pair = {place: timer(functions[place]) for place in ((0, 1) if index % 2 else (1, 0))}
-                    times.append((pair[0], pair[1]))
-                slow, fast = (statistics.median(column) for column in zip(*times[5:]))
-                ratio = quartiles([plain / kernels for plain, kernels in times[5:]])
-                print(
-                    f"| {images} | {what} | {how} | {slow * 1e3:.0f} us | {fast * 1e3:.0f} us | {ratio} "
-                    f"| {limit / fast:.0%} | {error:.2f} |",
-                    flush=True,
+            for how, functions in (("called", called), ("graph", graphs)):
+                times = in_turns(functions, args.runs, f"{images} images, {what}", timer, warmup=5)
+                slow, fast = (statistics.median(times[name]) for name in ("eager", "kernels"))
+                report.add(
+                    "Modality adaptation",
+                    **{"images": images, "what": what, "how": how, "eager, us": slow * 1e6, "kernels, us": fast * 1e6},
+                    **{"times faster": ratio(times["eager"], times["kernels"]), "limit / kernels": limit / fast},
+                    **{"error / eager's": error},
                 )
+    report.save()
 
 
 if __name__ == "__main__":
