@@ -25,6 +25,11 @@ def test_captions_and_scenes_of_contrastive_learning(untrained):
         assert len(shapes) == 4
         assert max(len(scene.things) for scene, _ in shapes) <= most
         assert len({re.sub("|".join(SHAPES), "", text) for _, text in shapes}) == 1
+    # Close-ups are each of another scene; then the largest number of things grows, at 10, 35 and 60% of the groups.
+    assert [len({scene.seed for scene, _ in dataset.pairs(index)}) for index in (3, 4)] == [4, 1]
+    for groups, most in (((4, 14), 1), ((14, 16), 2), ((24, 28), 6)):
+        counts = [len(scene.things) for index in range(*groups) for scene, _ in dataset.pairs(index)]
+        assert most // 2 < max(counts) <= most
     assert any(len(scene.things) == 6 for index in range(24, 40) for scene, _ in dataset.pairs(index))
     for index in range(24, 40):
         alike = dataset.pairs(index)
