@@ -10,16 +10,9 @@ import sys
 
 import pytest
 import torch
+from support.kernels import CUDA, DEVICE, needs_kernels
 
 from emma_hf.model import fused_alignment as fused
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA and fused.triton is not None else "cpu"
-needs_kernels = pytest.mark.skipif(
-    fused.triton is None or not (CUDA or fused.INTERPRETED),
-    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1 (make test-kernels)",
-)
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device and triton")
 
 NAMES = ("F", "grad V", "grad H", "grad Wp", "grad bp", "grad Wa", "grad ba")
 REFERENCE = (fused.instruction_projection_reference, fused.visual_alignment_reference)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.kernels import DEVICE, needs_cuda, needs_kernels
 from support.models import tiny_config, tiny_inputs, tiny_model
 from torch import nn
 
@@ -15,14 +16,6 @@ from emma_hf import EmmaForConditionalGeneration
 from emma_hf.model import fused_alignment as fused
 from emma_hf.model import fusion_emma
 from emma_hf.model.modeling_emma import EmmaModalityAdaptation
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA and fused.triton is not None else "cpu"
-needs_kernels = pytest.mark.skipif(
-    fused.triton is None or not (CUDA or fused.INTERPRETED),
-    reason="needs triton, and a CUDA device or TRITON_INTERPRET=1 (make test-kernels)",
-)
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device and triton")
 
 
 @pytest.fixture
