@@ -1,29 +1,24 @@
 """The public classes, registered with Transformers' Auto classes on import."""
 
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 # From its own module: before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .model.compat_emma import image_text_auto_classes
 from .model.configuration_emma import EmmaConfig
 from .model.errors_emma import EmmaError, HubError
 from .model.image_processing_emma import EmmaImageProcessor
 from .model.modeling_emma import EmmaForConditionalGeneration, EmmaModel, EmmaPreTrainedModel
 from .model.processing_emma import EmmaProcessor
 
-try:
-    from transformers import AutoModelForVision2Seq
-except ImportError:
-    # Gone in Transformers 5, where its successor does the same.
-    AutoModelForVision2Seq = AutoModelForImageTextToText
+# Gone in Transformers 5, where its successor does the same.
+AutoModelForVision2Seq = image_text_auto_classes().get("AutoModelForVision2Seq", AutoModelForImageTextToText)
 
 AutoConfig.register(EmmaConfig.model_type, EmmaConfig)
 AutoModel.register(EmmaConfig, EmmaModel)
-# Not every supported version has each of them.
-for _name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq"):
-    if hasattr(transformers, _name):
-        getattr(transformers, _name).register(EmmaConfig, EmmaForConditionalGeneration)
+for _auto_class in image_text_auto_classes().values():
+    _auto_class.register(EmmaConfig, EmmaForConditionalGeneration)
 AutoProcessor.register(EmmaConfig, EmmaProcessor)
 AutoImageProcessor.register(EmmaConfig, slow_image_processor_class=EmmaImageProcessor)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, CLIPConfig, PretrainedConfig
 
+from ..model.compat_emma import ties_word_embeddings
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.image_processing_emma import EmmaImageProcessor
@@ -64,7 +65,7 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
     return {
         **_authors_text_values(text),
         "vocab_size": text.vocab_size - 1,
-        "tie_word_embeddings": bool(getattr(text, "tie_word_embeddings", False)),
+        "tie_word_embeddings": ties_word_embeddings(text),
         "model_type": _key_of(LANGUAGE_MODELS, text.model_type),
         "architectures": ["LlavaLlamaForCausalLM"] if text.model_type == "llama" else None,
         "torch_dtype": "float16" if dtype == "None" else dtype,

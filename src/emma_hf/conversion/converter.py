@@ -266,10 +266,12 @@ def _processor(source: Path, clip: Path, authors: dict[str, Any], config: EmmaCo
     )
 
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    value = getattr(torch, dtype, None)
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+    if dtype not in DTYPES:
         raise EmmaError(f"`dtype` must be float32, float16 or bfloat16: got {dtype!r}.")
-    return value
+    return DTYPES[dtype]

@@ -20,7 +20,7 @@ from .row_files import read_row, row_spans
 UNSUPPORTED_COLUMNS = ("audio", "audios", "tools", "video", "videos")
 
 
-class _TrainingDataset(Dataset):
+class TrainingDataset(Dataset):
     """Tokenized and labeled training rows; a subclass says where the rows come from and how to read one."""
 
     def __init__(self, processor: EmmaProcessor, template: str, on_error: str) -> None:
@@ -33,6 +33,7 @@ class _TrainingDataset(Dataset):
         self.on_error = on_error
         # In shared memory, so that rows skipped by a loader's worker are known in this process.
         self._skipped = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        self._lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -114,9 +115,9 @@ class _TrainingDataset(Dataset):
         [`~emma_hf.training.ModalityLengthSampler`] groups batches by it. Computed once, in one pass that opens no
         image.
         """
-        if not hasattr(self, "_lengths"):
+        if self._lengths is None:
             read_row = self._row_reader_without_images()
-            self._lengths: np.ndarray = np.zeros(len(self), dtype=np.int32)
+            lengths: np.ndarray = np.zeros(len(self), dtype=np.int32)
             for index in tqdm(range(len(self)), desc="lengths of rows", delay=2):
                 try:
                     conversation, images = self._read(read_row(index))
@@ -124,7 +125,8 @@ class _TrainingDataset(Dataset):
                 except (ValueError, OSError):
                     # The error is raised, or the row skipped, when the row is loaded.
                     words, images = 1, []
-                self._lengths[index] = words if images else -words
+                lengths[index] = words if images else -words
+            self._lengths = lengths
         return self._lengths
 
     def _row_reader_without_images(self) -> Callable[[int], Any]:
@@ -153,7 +155,7 @@ class _TrainingDataset(Dataset):
         return f"{self._name(index)}: it can be read now."
 
 
-class ConversationDataset(_TrainingDataset):
+class ConversationDataset(TrainingDataset):
     """Rows of a LLaVA-format file: `{"image": name or names, "conversations": [{"from": …, "value": …}, …]}`.
 
     The file is not kept in memory: two 64-bit offsets per row find it again. `images` may stand for `image`, and
@@ -213,7 +215,7 @@ class ConversationDataset(_TrainingDataset):
         return conversation, [self.image_folder / name for name in names]
 
 
-class ChatDataset(_TrainingDataset):
+class ChatDataset(TrainingDataset):
     """Rows of chat messages, such as a `datasets.Dataset`, with the labels and instructions of LLaVA's rows.
 
     A row is `{"messages": [{"role": …, "content": text or parts}, …]}`. An image is a part `{"type": "image"}` that

@@ -9,7 +9,7 @@ from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from ..model.quantization_emma import bitsandbytes_config
+from ..model.quantization_emma import bitsandbytes_config, is_quantized
 from ..storage.folders import read_json
 from ..storage.hub_access import resolve
 
@@ -59,7 +59,7 @@ def load_model(
     processor = _load_processor(folder)
     model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
     # Quantized weights are put on their device while they are read.
-    return (model if getattr(model, "is_quantized", False) else model.to(device)), processor
+    return (model if is_quantized(model) else model.to(device)), processor
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device:

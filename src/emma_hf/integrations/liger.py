@@ -10,7 +10,7 @@ from torch import nn
 
 from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.fusion_emma import is_unmodified_linear
-from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.modeling_emma import EmmaForConditionalGeneration, is_sharded
 
 # Families whose norms and gated MLPs compute what Liger's kernels for Llama do.
 FAMILIES = ("llama", "ministral", "mistral", "qwen2", "qwen3", "smollm3")
@@ -117,7 +117,7 @@ def _linear_loss(
 
 def _check_head(head: nn.Module) -> torch.Tensor:
     # Tensor parallelism leaves a DTensor, ZeRO-3 an empty weight between forward passes of the head.
-    if is_unmodified_linear(head) and not hasattr(head.weight, "device_mesh") and head.weight.ndim == 2:
+    if is_unmodified_linear(head) and not is_sharded(head.weight) and head.weight.ndim == 2:
         return head.weight
     raise EmmaError(
         "Liger's fused loss reads the weight of `lm_head`, which must be a plain linear layer, whole on one device: "

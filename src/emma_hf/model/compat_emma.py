@@ -74,6 +74,23 @@ HEAD_TP_PLAN = {"lm_head": "colwise_gather_output" if TRANSFORMERS_5 else "colwi
 WARMUP_SHARE = "warmup_steps" if TRANSFORMERS_5 else "warmup_ratio"
 
 
+def image_text_auto_classes() -> dict[str, Any]:
+    """The Auto classes of this version for models that read images and write text, by name. Goes with 4.57."""
+    names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
+    return {name: getattr(transformers, name) for name in names if hasattr(transformers, name)}
+
+
+def ties_word_embeddings(config: Any) -> bool:
+    """Whether a language model's head shares the weight of its embedding; not every config of 5.x says so."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def silence_padding_advice(tokenizer: Any) -> None:
+    """Keep 4.57 from advising against padding as a step of its own. Goes with 4.57."""
+    if not TRANSFORMERS_5:
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+
 def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
     """Language model config values as this version reads them.
 

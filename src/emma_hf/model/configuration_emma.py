@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionC
 from transformers.configuration_utils import PretrainedConfig
 
 from .code_files_emma import AUTO_MAP, copy_code_files
-from .compat_emma import text_config_from_dict
+from .compat_emma import text_config_from_dict, ties_word_embeddings
 from .errors_emma import EmmaError
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class EmmaConfig(PretrainedConfig):
 
         # The head is tied, or not, as the language model's own checkpoint has it.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=getattr(self.text_config, "tie_word_embeddings", False), **kwargs)
+        super().__init__(tie_word_embeddings=ties_word_embeddings(self.text_config), **kwargs)
 
     @property
     def instruction_seq_length(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, load_image
 
 from .code_files_emma import AUTO_MAP, copy_code_files
 from .errors_emma import EmmaError
@@ -410,7 +410,7 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _channels_last(data_format: Any) -> bool:
-    name = getattr(data_format, "value", data_format)
+    name = data_format.value if isinstance(data_format, ChannelDimension) else data_format
     if name not in ("channels_first", "channels_last"):
         raise EmmaError(f"A data format must be 'channels_first' or 'channels_last': got {data_format!r}.")
     return name == "channels_last"

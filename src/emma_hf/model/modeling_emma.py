@@ -244,7 +244,7 @@ class EmmaModel(EmmaPreTrainedModel):
         self.modality_adaptation = EmmaModalityAdaptation(config)
         self.multi_modal_projector = EmmaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        check_quantizable(self.language_model, getattr(config, "quantization_config", {}))
+        check_quantizable(self.language_model, vars(config).get("quantization_config", {}))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -749,9 +749,13 @@ def requires_synced_forward(model: nn.Module) -> bool:
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return False
+    return model.training or any(map(is_sharded, model.parameters()))
+
+
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether a process holds only its part of a weight."""
     # The shards of FSDP2 are DTensors, recognized without importing their module; those of ZeRO-3 have an id.
-    sharded = (hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
-    return model.training or any(sharded)
+    return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
 
 
 def unique_rows(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

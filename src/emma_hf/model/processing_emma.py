@@ -6,13 +6,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .code_files_emma import AUTO_MAP, copy_code_files
-from .compat_emma import TRANSFORMERS_5, chat_template_kwargs, only_primary_attributes
+from .compat_emma import TRANSFORMERS_5, chat_template_kwargs, only_primary_attributes, silence_padding_advice
 from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
@@ -356,8 +357,7 @@ class EmmaProcessor(ProcessorMixin):
             limit = self.tokenizer.model_max_length if max_length is None else max_length
             encoded = [self._truncate(ids, offsets, limit, row) for row, (ids, offsets) in enumerate(encoded)]
         side = padding_side or self.tokenizer.padding_side
-        # Padding is a step of its own here; 4.57 advises against that for every fast tokenizer.
-        getattr(self.tokenizer, "deprecation_warnings", {})["Asking-to-pad-a-fast-tokenizer"] = True
+        silence_padding_advice(self.tokenizer)
         if padding and self.tokenizer.pad_token_id is None:
             raise EmmaError(
                 "Padding needs a padding token, which the tokenizer lacks: set `processor.tokenizer.pad_token`."
@@ -499,7 +499,7 @@ def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    legacy = tokenizer.init_kwargs.get("legacy", getattr(tokenizer, "legacy", None))
+    legacy = tokenizer.init_kwargs.get("legacy", vars(tokenizer).get("legacy"))
     if legacy is not None:
         # Not what the attributes say, which 5.x does not keep up with the file, but what is done.
         ids = tokenizer("a")["input_ids"]
@@ -520,7 +520,8 @@ def _rows_of(images: Any) -> list[list[Any]]:
     """Images as one list per prompt, or as a single list where they are not grouped."""
     if _is_nested(images):
         return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    return [list(images) if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 else [images]]
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    return [list(images) if isinstance(images, (list, tuple)) or is_batch else [images]]
 
 
 def _check_rectangular(rows: list[list[int]]) -> None:

@@ -68,8 +68,8 @@ def add_modules_to_skip(kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
     for name in _SKIP_LISTS:
-        if hasattr(config, name):
-            chosen = getattr(config, name) or []
+        if name in vars(config):
+            chosen = vars(config)[name] or []
             setattr(config, name, [*chosen, *(part for part in NOT_QUANTIZED if part not in chosen)])
     return {**kwargs, "quantization_config": config}
 
@@ -100,6 +100,11 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
                 f"4-bit loading needs layers whose sizes are multiples of {_PACKED}: `{name}` has {module.in_features} "
                 f"inputs and {module.out_features} outputs. Name it in `llm_int8_skip_modules`, or load in 8 bits."
             )
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a quantizer of Transformers replaced layers of `model`."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def keep_exact(model: nn.Module) -> None:

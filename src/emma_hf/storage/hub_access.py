@@ -145,4 +145,5 @@ def _rule_for(error: Exception) -> tuple[type[Exception], str] | None:
 
 
 def _status_of(error: Exception) -> int:
-    return getattr(getattr(error, "response", None), "status_code", 0)
+    response = error.response if isinstance(error, HfHubHTTPError) else None
+    return 0 if response is None else response.status_code

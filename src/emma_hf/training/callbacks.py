@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..data.collator import DataCollator
 from ..data.conversations import IGNORE_INDEX
+from ..data.datasets import TrainingDataset
 from ..model.processing_emma import EmmaProcessor
 
 logger = logging.get_logger(__name__)
@@ -23,7 +24,7 @@ class SkippedRowsCallback(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for dataset in self.datasets:
-            report = dataset.skipped_report() if hasattr(dataset, "skipped_report") else None
+            report = dataset.skipped_report() if isinstance(dataset, TrainingDataset) else None
             if report:
                 logger.warning(report)
 

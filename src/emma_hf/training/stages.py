@@ -11,6 +11,7 @@ from torch import nn
 from ..model.compat_emma import WARMUP_SHARE
 from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.modeling_emma import EmmaForConditionalGeneration, EmmaPreTrainedModel
+from ..model.quantization_emma import is_quantized
 
 # The linear layers of the language model and nothing else: `q_proj` alone would also match both CLIP towers.
 LORA_TARGETS = r"(?:.*\.)?language_model\.layers\.\d+\..*_proj"
@@ -95,7 +96,7 @@ def prepare(
         MissingPackageError: LoRA without peft.
     """
     stage_of(stage)
-    quantized = bool(getattr(model, "is_quantized", False))
+    quantized = is_quantized(model)
     if stage == "qlora" and not quantized:
         raise EmmaError(
             "`stage='qlora'` needs a quantized model: got one in full precision. Load it with `quantization_config=`, "
