@@ -51,8 +51,6 @@ ALLOWED = {
     ): "the packed weight, which the public name hides behind the exact one",
     ("serving/server.py", "_build_chunk_sse"): "Transformers' server is made of private methods",
     ("serving/server.py", "_build_completion"): "likewise",
-    ("serving/server.py", "_non_streaming"): "likewise",
-    ("serving/server.py", "_streaming"): "likewise",
     ("tiny/recipe.py", "_get_train_sampler"): "where `Trainer` asks for the order of rows",
     ("training/trainer.py", "_get_train_sampler"): "likewise",
     ("integrations/liger.py", "_patch_rms_norm_module"): "Liger's public functions replace the norms of every model",

@@ -3,13 +3,14 @@
 import base64
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
+from support.images import png_header
 
-from emma_hf.serving.requests import ChatRequest, Limits, RequestError, read_request
+from emma_hf.serving import Limits, RequestError
+from emma_hf.serving.limits import CHARACTERS_PER_POSITION, IMAGE_FORMATS
+from emma_hf.serving.requests import ChatRequest, read_request
 
 
 def data_url(image: Image.Image, form: str = "PNG", **options) -> str:
@@ -27,7 +28,9 @@ def user(*urls: str, text: str = "What is it?") -> list[dict]:
 
 
 def read(limits: Limits | None = None, **body) -> ChatRequest:
-    return read_request({"messages": user(RED), **body}, "emma", limits or Limits(), 3)
+    request = read_request({"messages": user(RED), **body}, "emma", limits or Limits(), 3, 512)
+    request.decode_images()
+    return request
 
 
 def test_a_request_becomes_messages_with_decoded_pictures():
@@ -93,12 +96,24 @@ def test_a_photo_is_upright():
         ({"temperature": 3}, "`temperature` must be a number from 0 to 2: got 3"),
         ({"temperature": float("nan")}, "`temperature` must be a number from 0 to 2: got nan"),
         ({"temperature": True}, "`temperature` must be a number from 0 to 2: got True"),
-        ({"top_p": 0}, "`top_p` must be a number from 1e-06 to 1: got 0"),
+        ({"temperature": 1e-38}, "`temperature` must be 0, .* or at least 1e-06: got 1e-38"),
+        ({"temperature": 5e-324}, "`temperature` must be 0, .* or at least 1e-06: got 5e-324"),
+        ({"top_p": -0.1}, "`top_p` must be a number from 0 to 1: got -0.1"),
+        ({"top_p": 1.5}, "`top_p` must be a number from 0 to 1: got 1.5"),
         ({"seed": 2**64}, "`seed` must be a whole number of 64 bits: got 18446744073709551616"),
         ({"stop": ["a", ""]}, "`stop` must be a text or a list of at most 4, none empty: got \\['a', ''\\]"),
         ({"stop": list("abcde")}, "list of at most 4"),
+        ({"stop": "a" * 129}, "A text of `stop` may have at most 128 characters: got 129"),
+        ({"stop": ["x", "a" * 200_000]}, "A text of `stop` may have at most 128 characters: got 200000"),
+        ({"stop": "\ud800"}, "`stop` must be valid Unicode"),
         ({"stream": "yes"}, "`stream` must be true or false: got 'yes'"),
         ({"n": 2}, "`n` must be 1 or left out: got 2"),
+        ({"function_call": {"name": "f"}}, "`function_call` must be 'none' or left out: got {'name': 'f'}"),
+        ({"reasoning_effort": "high"}, "`reasoning_effort` must be 'none' or left out: got 'high'"),
+        ({"verbosity": "low"}, "`verbosity` must be 'medium' or left out: got 'low'"),
+        ({"frequency_penalty": False}, "`frequency_penalty` must be 0 or left out: got False"),
+        ({"logprobs": 0}, "`logprobs` must be False or left out: got 0"),
+        ({"\ud800": 1}, "that this server knows: got"),
         ({"n": True}, "`n` must be 1 or left out: got True"),
         ({"logprobs": True}, "`logprobs` must be False or left out: got True"),
         ({"response_format": {"type": "json_object"}}, "`response_format` must be .* or left out"),
@@ -118,6 +133,128 @@ def test_what_cannot_be_answered_is_refused(body, message):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "gpt"}, "model"),
+        ({"temperature": 3}, "temperature"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"n": 2}, "n"),
+        ({"top_k": 5}, "top_k"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": user("data:image/png;base64,QUJD")}, "messages"),
+        ({"messages": user(RED, RED, RED, RED)}, "messages"),
+        ({"chat_template_kwargs": {"instructions": 3}}, "chat_template_kwargs"),
+    ],
+)
+def test_an_error_names_its_field(body, param):
+    with pytest.raises(RequestError) as caught:
+        read(**body)
+    assert caught.value.param == param
+
+
+def test_fields_without_bearing_on_the_answer():
+    plain = read()
+    neutral = {
+        "safety_identifier": "me", "prompt_cache_key": "x", "prediction": {"type": "content", "content": "x"},
+        "function_call": "none", "reasoning_effort": "none", "verbosity": "medium", "presence_penalty": 0.0,
+        "logit_bias": {}, "response_format": {"type": "text"}, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    asked = read(**neutral)
+    assert asked.messages[0]["content"][1] == plain.messages[0]["content"][1]
+    assert asked.instructions is asked.temperature is asked.top_p is asked.max_tokens is None
+    assert read(top_p=0).top_p == 0
+
+
+def test_what_the_developer_and_the_system_say_is_one_system_prompt():
+    question = {"role": "user", "content": "Hi"}
+    for first, second in (("developer", "system"), ("system", "system"), ("system", "developer")):
+        messages = read(
+            messages=[
+                {"role": first, "content": "Be brief."},
+                {"role": second, "content": [{"type": "text", "text": "Be kind."}]},
+                question,
+            ]
+        ).messages
+        assert [message["role"] for message in messages] == ["system", "user"]
+        assert "".join(part["text"] for part in messages[0]["content"]) == "Be brief.\n\nBe kind."
+    assert read(messages=[{"role": "developer", "content": "Be brief."}, question]).messages[0]["role"] == "system"
+    with pytest.raises(RequestError, match="`messages\\[1\\]` must have the role system .first only."):
+        read(messages=[question, {"role": "developer", "content": "Be brief."}, question])
+
+
+def test_an_assistant_that_said_nothing():
+    messages = [
+        *user(RED),
+        {"role": "assistant", "content": None, "tool_calls": None},
+        {"role": "user", "content": "?"},
+    ]
+    assert read(messages=messages).messages[1] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+
+
+def test_base64_may_have_line_breaks_and_a_scheme_in_capitals():
+    head, _, encoded = RED.partition(",")
+    lines = "\r\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76))
+    for url in (f"{head},{lines}\n", f"DATA{head[4:]},{encoded}"):
+        assert read(messages=user(url)).messages[0]["content"][0]["image"].size == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (user(text="x" * (512 * CHARACTERS_PER_POSITION + 1)), "may have at most 32768 characters: got 32769"),
+        ([{"role": "user", "content": "x"}] * 513, "may have at most 512 messages: got 513"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": ""}] * 513}],
+            "may have at most 512 parts: got 513",
+        ),
+    ],
+    ids=["characters", "messages", "parts"],
+)
+def test_what_cannot_fit_is_refused_before_it_costs_time(messages, message):
+    with pytest.raises(RequestError, match=f"maximum context length is 512 tokens, .* {message}") as caught:
+        read(messages=messages)
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_an_instruction_has_a_length():
+    with pytest.raises(RequestError, match="`instructions` may have at most 32768 characters: got 40000"):
+        read(chat_template_kwargs={"instructions": ["x" * 40_000]})
+
+
+@pytest.mark.parametrize("form", ["EPS", "PPM", "ICO", "PDF"])
+def test_formats_that_are_not_the_web_s_are_refused(form):
+    with pytest.raises(RequestError, match=f"must be one of {', '.join(IMAGE_FORMATS)}: got .* of something else"):
+        read(messages=user(data_url(Image.new("RGB", (32, 32), "red"), form)))
+
+
+@pytest.mark.parametrize("form", IMAGE_FORMATS)
+def test_formats_of_the_web_are_read(form):
+    request = read(messages=user(data_url(Image.new("RGB", (32, 16), "red"), form)))
+    assert request.messages[0]["content"][0]["image"].size == (32, 16)
+
+
+def test_the_pixels_of_a_request_have_a_sum(monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    urls = [data_url(Image.new("1", (300, 200)))] * 3
+    limits = Limits(picture_pixels=60_000, request_pixels=179_999)
+    with pytest.raises(RequestError, match="Picture 3 of 3: .* at most 179999 pixels together: got 180000") as caught:
+        read_request({"messages": user(*urls)}, "emma", limits, 3)
+    assert (caught.value.status, caught.value.param) == (413, "messages")
+    assert read_request({"messages": user(*urls)}, "emma", Limits(request_pixels=180_000), 3)
+
+
+def test_a_bomb_of_pixels_is_too_large_not_broken():
+    url = "data:image/png;base64," + base64.b64encode(png_header(50_000, 50_000)).decode()
+    with pytest.raises(RequestError, match="at most 36000000 pixels") as caught:
+        read(messages=user(url))
+    assert caught.value.status == 413
+
+
 def test_another_model_is_not_found():
     with pytest.raises(RequestError, match="one model, 'emma': got 'gpt'") as caught:
         read(model="gpt")
@@ -132,33 +269,14 @@ def test_a_large_picture_is_refused_before_it_is_decoded(monkeypatch):
     assert caught.value.status == 413
 
 
-def test_remote_pictures_only_where_they_are_allowed_and_only_so_many_bytes():
-    payload = base64.b64decode(RED.partition(",")[2])
-
-    class Pictures(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/red.png" else 404)
-            self.end_headers()
-            self.wfile.write(payload)
-
-        def log_message(self, *args):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Pictures) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        request = read(Limits(remote_pictures=True), messages=user(f"{url}/red.png"))
-        assert request.messages[0]["content"][0]["image"].size == (4, 3)
-        with pytest.raises(RequestError, match="at most 10 bytes: got more from 'http") as caught:
-            read(Limits(remote_pictures=True, request_bytes=10), messages=user(f"{url}/red.png"))
-        assert caught.value.status == 413
-        with pytest.raises(RequestError, match="cannot be fetched .*404"):
-            read(Limits(remote_pictures=True), messages=user(f"{url}/blue.png"))
-        server.shutdown()
-
-
 def test_every_refusal_is_json():
     """The text of an error may hold what the client sent, and must still be sent back."""
     with pytest.raises(RequestError) as caught:
         read(messages=user("data:\ud800\x00"))
     json.dumps(str(caught.value)).encode()
+
+
+def test_every_refused_field_is_json():
+    with pytest.raises(RequestError) as caught:
+        read(**{"\ud800": 1})
+    json.dumps(caught.value.param, ensure_ascii=False).encode()

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -19,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+import emma_hf.serving.requests
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.model.instruction_emma import encode_instruction
@@ -65,8 +68,7 @@ with contextlib.suppress(ImportError):
     import openai
     import uvicorn
 
-    from emma_hf.serving.requests import Limits
-    from emma_hf.serving.server import build_app, listen
+    from emma_hf.serving import Limits, build_app, listen
 
 serving = pytest.mark.skipif(
     "emma_hf.serving.server" not in sys.modules, reason='needs Transformers 5 and `pip install "emma-hf[serve]"`'
@@ -213,10 +215,14 @@ def test_a_seed_belongs_to_its_request(client):
 
 @serving
 def test_the_context_is_the_limit(client, tiny):
-    with pytest.raises(openai.BadRequestError, match="must leave room for an answer in the model's 512 positions"):
+    with pytest.raises(
+        openai.BadRequestError, match="must leave room for an answer in the model's 512 positions"
+    ) as caught:
         ask(client, picture(1), "word " * 600)
+    assert "This model's maximum context length is 512 tokens" in str(caught.value)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    parts = messages(data_url(picture(1)), "?")[0]["content"]
     with pytest.raises(openai.BadRequestError, match="room for at most 7 pictures: got 8"):
-        parts = messages(data_url(picture(1)), "?")[0]["content"]
         client.chat.completions.create(
             model="emma-tiny", messages=[{"role": "user", "content": [*parts[:1] * 8, parts[1]]}]
         )
@@ -232,6 +238,140 @@ def test_models_and_routes(client):
     for path in ("/../load_model", "/../reset"):
         with pytest.raises(openai.NotFoundError):
             client.post(path, body={"model": "org/model"}, cast_to=object)
+
+
+@serving
+def test_every_get_answers_head_and_a_model_is_found_by_its_name(client, address):
+    root = address.removesuffix("/v1")
+    for path in ("/health", "/v1/models", "/v1/models/emma-tiny"):
+        asked = urllib.request.Request(f"{root}{path}", method="HEAD")
+        with urllib.request.urlopen(asked, timeout=30) as response:
+            assert (response.status, response.read()) == (200, b"")
+    assert client.models.retrieve("emma-tiny") == next(iter(client.models.list()))
+    with pytest.raises(openai.NotFoundError, match="one model, 'emma-tiny': got 'org/gpt'") as caught:
+        client.models.retrieve("org/gpt")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@serving
+def test_an_answer_that_ends_with_its_last_token_is_whole(client, tiny):
+    text, count = generated(tiny, picture(1), QUESTIONS[0])
+    for length, reason in ((count, "stop"), (count - 1, "length")):
+        whole = ask(client, picture(1), QUESTIONS[0], max_tokens=length)
+        assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == (reason, length)
+        assert streamed(client, picture(1), QUESTIONS[0], max_tokens=length)[1:] == (reason, length)
+    assert ask(client, picture(1), QUESTIONS[0], max_tokens=count).choices[0].message.content == text
+
+
+def events(address, body: dict) -> list[str]:
+    """The data of a stream's events, as they are sent."""
+    request = urllib.request.Request(
+        f"{address}/chat/completions",
+        json.dumps({**body, "stream": True}).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        text = response.read().decode()
+    assert text.endswith("\n\n")
+    return [event.removeprefix("data: ") for event in text.removesuffix("\n\n").split("\n\n")]
+
+
+@serving
+def test_a_stream_says_that_it_is_over(address):
+    data = events(address, {"messages": messages(data_url(picture(1)), QUESTIONS[0])})
+    assert data[-1] == "[DONE]"
+    assert data.count("[DONE]") == 1
+    assert [json.loads(event)["object"] for event in data[:-1]] == ["chat.completion.chunk"] * (len(data) - 1)
+
+
+@serving
+def test_an_error_in_the_middle_of_a_stream_is_an_error_of_openai_s(client, address, tiny):
+    steps = []
+
+    def fail(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            raise RuntimeError('no "memory"\n in /etc/secret')
+
+    hook = tiny[0].lm_head.register_forward_hook(fail)
+    try:
+        *before, error, done = events(address, {"messages": messages(data_url(picture(1)), QUESTIONS[1])})
+        steps.clear()
+        with pytest.raises(
+            openai.APIError, match="The server failed on this request .RuntimeError.. Its log says why."
+        ):
+            streamed(client, picture(1), QUESTIONS[1])
+    finally:
+        hook.remove()
+    assert json.loads(error) == {
+        "error": {
+            "message": "The server failed on this request (RuntimeError). Its log says why.",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+    }
+    assert before
+    assert done == "[DONE]"
+
+
+@serving
+def test_what_clients_send_besides(client, tiny):
+    text = generated(tiny, picture(1), QUESTIONS[1])[0]
+    neutral = {"safety_identifier": "me", "reasoning_effort": "none", "verbosity": "medium", "function_call": "none"}
+    assert ask(client, picture(1), QUESTIONS[1], extra_body=neutral).choices[0].message.content == text
+    # The most probable token alone is left.
+    sampled = ask(client, picture(1), QUESTIONS[1], temperature=1, top_p=0, seed=1)
+    assert sampled.choices[0].message.content == text
+    assert ask(client, picture(1), QUESTIONS[1], temperature=1e-6, seed=1).choices[0].message.content == text
+    for temperature in (1e-38, 9e-7):
+        with pytest.raises(openai.BadRequestError, match="`temperature` must be 0, ") as caught:
+            ask(client, picture(1), QUESTIONS[1], temperature=temperature)
+        assert caught.value.param == "temperature"
+
+
+@serving
+def test_the_developer_and_the_system_speak_together(client, monkeypatch, tiny):
+    seen = []
+    template = tiny[1].apply_chat_template
+    monkeypatch.setattr(
+        tiny[1], "apply_chat_template", lambda *args, **kwargs: (out := template(*args, **kwargs), seen.append(out))[0]
+    )
+    question = {"role": "user", "content": "Hello"}
+    nothing = {"role": "assistant", "content": None}
+    for first in (
+        [{"role": "system", "content": "Be brief.\n\nBe kind."}],
+        [{"role": "developer", "content": "Be brief."}, {"role": "system", "content": "Be kind."}],
+    ):
+        client.chat.completions.create(model="emma-tiny", messages=[*first, question, nothing, question], max_tokens=1)
+    assert seen[0]["input_ids"].tolist() == seen[1]["input_ids"].tolist()
+
+
+@serving
+def test_a_question_without_end_is_refused_at_once(client):
+    start = time.monotonic()
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens") as caught:
+        ask(client, picture(1), "a" * 150_000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert time.monotonic() - start < 2
+
+
+@serving
+def test_one_request_is_decoded_at_a_time(client, monkeypatch):
+    running, most = [], []
+    decode = emma_hf.serving.requests.ChatRequest.decode_images
+
+    def watched(self):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        decode(self)
+        running.pop()
+
+    monkeypatch.setattr("emma_hf.serving.requests.ChatRequest.decode_images", watched)
+    with ThreadPoolExecutor(6) as clients:
+        list(clients.map(lambda _: ask(client, picture(1), QUESTIONS[0], max_tokens=1), range(6)))
+    assert most == [1] * 6
 
 
 def large_picture(client):

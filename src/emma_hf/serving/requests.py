@@ -1,24 +1,37 @@
-"""What a client of `emma-hf serve` may ask: a chat completion's fields and pictures, checked before anything runs."""
+"""What a client of `emma-hf serve` may ask: a chat completion's fields and images, checked before anything runs."""
 
-import base64
-import binascii
-import math
-import urllib.request
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from ..model.errors_emma import EmmaError
+from .errors import RequestError
+from .images import decode_image, image_number_in_errors, open_images, read_urls, shown
+from .limits import (
+    CHARACTERS_PER_POSITION,
+    OPENAI_NUMBERS,
+    SMALLEST_TEMPERATURE,
+    STOP_CHARACTERS,
+    STOP_TEXTS,
+    Limits,
+)
 
-# Formats of pictures on the web. Pillow reads many more, some of them by starting other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-FETCH_SECONDS = 10
 # Fields of OpenAI's chat completions that have no bearing on the answer.
-WITHOUT_EFFECT = {"user", "metadata", "service_tier", "stream_options", "parallel_tool_calls", "tool_choice", "store"}
+IGNORED_FIELDS = {
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream_options",
+    "tool_choice",
+    "user",
+}
 # Fields that ask for what this server does not do, and the values of them that ask for nothing.
-ONLY = {
+UNSUPPORTED_FIELDS = {
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
@@ -27,47 +40,19 @@ ONLY = {
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
 }
-ROLES = ("system", "user", "assistant")
-STOPS = 4
-
-
-class RequestError(EmmaError):
-    """A request that cannot be answered, through no fault of the server.
-
-    Args:
-        message: the rule, what came instead, the remedy.
-        status: of HTTP, in the 400s.
-        code: word for programs, as OpenAI names it.
-    """
-
-    def __init__(self, message: str, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much one request may ask for.
-
-    Args:
-        request_bytes: whole body, pictures included.
-        picture_pixels: width times height of each picture.
-        remote_pictures: fetch `http` and `https` URLs. Off, because a server that does can be made to reach what only
-            it can reach.
-    """
-
-    request_bytes: int = 32 * 2**20
-    picture_pixels: int = 36_000_000
-    remote_pictures: bool = False
+# OpenAI's newer models call the system's role developer.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked request: `messages` with decoded pictures, and the settings that were given."""
+    """A checked request: `messages` with images, opened but not yet decoded, and the settings that were given."""
 
     messages: list[dict[str, Any]]
     instructions: str | list[str] | None = None
@@ -78,213 +63,249 @@ class ChatRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
 
+    def decode_images(self) -> None:
+        """Replace the images of the messages by their pixels, upright.
 
-def read_request(body: dict[str, Any], model: str, limits: Limits, most_pictures: int) -> ChatRequest:
-    """Check the body of a chat completion and decode its pictures.
+        Raises:
+            RequestError: a broken image.
+        """
+        parts = _image_parts(self.messages)
+        for number, part in enumerate(parts, start=1):
+            with image_number_in_errors(number, len(parts)):
+                part["image"] = decode_image(part["image"])
+
+
+def read_request(
+    body: dict[str, Any], model: str, limits: Limits, max_images: int, max_positions: int = 4096
+) -> ChatRequest:
+    """Check the body of a chat completion, and open its images without decoding them.
 
     Args:
         body: the JSON of the request.
         model: name of the only model that is served.
-        limits: of one request.
-        most_pictures: that fit into the model's context.
+        limits: limits for one request.
+        max_images: how many fit into the model's context.
+        max_positions: tokens of the model's context.
 
     Raises:
         RequestError: anything in it that would be answered wrongly, or not at all.
     """
-    named = body.get("model")
-    if named is not None and named != model:
-        raise RequestError(f"This server has one model, {model!r}: got {_shown(named)}.", 404, "model_not_found")
-    settings = _settings(body)
-    messages = _messages(body.get("messages"))
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if len(parts) > most_pictures:
+    requested = body.get("model")
+    if requested is not None and requested != model:
         raise RequestError(
-            f"The model's context has room for at most {most_pictures} pictures: got {len(parts)}.",
-            code="context_length_exceeded",
+            f"This server has one model, {model!r}: got {shown(requested)}.", 404, "model_not_found", "model"
         )
-    instructions = _instructions(body.get("chat_template_kwargs"), len(parts))
-    for number, part in enumerate(parts, start=1):
-        try:
-            part["image"] = _picture(part.pop("url"), limits)
-        except RequestError as error:
-            if len(parts) == 1:
-                raise
-            raise RequestError(f"Picture {number} of {len(parts)}: {error}", error.status, error.code) from error
+    settings = _read_settings(body)
+    messages = _read_messages(body.get("messages"), max_positions)
+    parts = _image_parts(messages)
+    if len(parts) > max_images:
+        raise RequestError(
+            f"The model's context has room for at most {max_images} pictures: got {len(parts)}. Its maximum context "
+            f"length is {max_positions} tokens.",
+            400,
+            "context_length_exceeded",
+            "messages",
+        )
+    instructions = _read_instructions(body.get("chat_template_kwargs"), len(parts), max_positions)
+    try:
+        images: list[Image.Image] = open_images(read_urls([part.pop("url") for part in parts], limits), limits)
+    except RequestError as error:
+        error.param = "messages"
+        raise
+    for part, image in zip(parts, images):
+        part["image"] = image
     return ChatRequest(messages, instructions, **settings)
 
 
-def _settings(body: dict[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, neutral in ONLY.items():
-        # `True == 1` in Python, but not to a client.
-        if name in given and not any(given[name] == value and type(given[name]) is not bool for value in neutral):
-            if given[name] is False and False in neutral:
-                continue
-            raise RequestError(f"`{name}` must be {neutral[0]!r} or left out: got {_shown(given[name])}.")
-    taken = {"model", "messages", "chat_template_kwargs", "max_completion_tokens", *ChatRequest.__dataclass_fields__}
-    unknown = sorted(given.keys() - (taken - {"instructions"}) - ONLY.keys() - WITHOUT_EFFECT)
+def _read_settings(body: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in body.items() if value is not None}
+    for name in fields.keys() & UNSUPPORTED_FIELDS.keys():
+        neutral = UNSUPPORTED_FIELDS[name]
+        # `True == 1` and `False == 0` in Python, but not to a client.
+        if not any(
+            fields[name] == value and isinstance(value, bool) == isinstance(fields[name], bool) for value in neutral
+        ):
+            raise RequestError(f"`{name}` must be {neutral[0]!r} or left out: got {shown(fields[name])}.", param=name)
+    known = {"model", "messages", "chat_template_kwargs", "stream", "stop", *OPENAI_NUMBERS}
+    unknown = sorted(fields.keys() - known - UNSUPPORTED_FIELDS.keys() - IGNORED_FIELDS)
     if unknown:
         raise RequestError(
             f"A request may hold the fields of OpenAI's chat completions that this server knows: got "
-            f"{', '.join(map(_shown, unknown))}. Leave it out."
+            f"{shown(', '.join(map(shown, unknown[:3])), 90)[1:-1]}. Leave it out.",
+            # A name may be any string of JSON, half a character included.
+            param=unknown[0][:60].encode(errors="backslashreplace").decode(),
         )
-    if not isinstance(given.get("stream", False), bool):
-        raise RequestError(f"`stream` must be true or false: got {_shown(given['stream'])}.")
-    longest = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    stop = given.get("stop", [])
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > STOPS or not all(isinstance(text, str) and text for text in stop):
-        raise RequestError(f"`stop` must be a text or a list of at most {STOPS}, none empty: got {_shown(stop)}.")
-    return {
-        "stream": given.get("stream", False),
-        "max_tokens": _number(given, longest, int, 1, math.inf),
-        "temperature": _number(given, "temperature", float, 0, 2),
-        "top_p": _number(given, "top_p", float, 1e-6, 1),
-        "seed": _number(given, "seed", int, -(2**63), 2**63 - 1),
-        "stop": tuple(_text(text, "`stop`") for text in stop),
-    }
-
-
-def _number(given: dict[str, Any], name: str, kind: type, low: float, high: float) -> Any:
-    if name not in given:
-        return None
-    value = given[name]
-    whole = isinstance(value, int) or (kind is float and isinstance(value, float))
-    if isinstance(value, bool) or not whole or not low <= value <= high:
-        bounds = (
-            f"from {low:g} to {high:g}" if high < 2**53 else f"of at least {low:g}" if low > -(2**53) else "of 64 bits"
-        )
+    if not isinstance(fields.get("stream", False), bool):
+        raise RequestError(f"`stream` must be true or false: got {shown(fields['stream'])}.", param="stream")
+    numbers = {name: _read_number(fields[name], name) for name in OPENAI_NUMBERS if name in fields}
+    if "max_completion_tokens" in numbers:
+        numbers["max_tokens"] = numbers.pop("max_completion_tokens")
+    if 0 < numbers.get("temperature", 0) < SMALLEST_TEMPERATURE:
         raise RequestError(
-            f"`{name}` must be a {'whole number' if kind is int else 'number'} {bounds}: got {_shown(value)}."
+            f"`temperature` must be 0, which takes the most probable token, or at least {SMALLEST_TEMPERATURE:g}: got "
+            f"{shown(fields['temperature'])}.",
+            param="temperature",
         )
+    return {"stream": fields.get("stream", False), "stop": _read_stop_texts(fields.get("stop", [])), **numbers}
+
+
+def _read_stop_texts(stop: Any) -> tuple[str, ...]:
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > STOP_TEXTS or not all(isinstance(text, str) and text for text in stop):
+        raise RequestError(
+            f"`stop` must be a text or a list of at most {STOP_TEXTS}, none empty: got {shown(stop)}.", param="stop"
+        )
+    longest = max(map(len, stop), default=0)
+    if longest > STOP_CHARACTERS:
+        raise RequestError(
+            f"A text of `stop` may have at most {STOP_CHARACTERS} characters: got {longest}.", param="stop"
+        )
+    return tuple(_read_text(text, "`stop`", "stop") for text in stop)
+
+
+def _read_number(value: Any, name: str) -> Any:
+    kind, low, high = OPENAI_NUMBERS[name]
+    is_kind = isinstance(value, int) or (kind is float and isinstance(value, float))
+    # `not low <= value <= high` is also true of NaN.
+    if isinstance(value, bool) or not is_kind or not low <= value <= high:
+        bounds = "of 64 bits"
+        if high < 2**53:
+            bounds = f"from {low:g} to {high:g}"
+        elif low > -(2**53):
+            bounds = f"of at least {low:g}"
+        kind_name = "whole number" if kind is int else "number"
+        raise RequestError(f"`{name}` must be a {kind_name} {bounds}: got {shown(value)}.", param=name)
     return kind(value)
 
 
-def _messages(messages: Any) -> list[dict[str, Any]]:
-    """The conversation as the processor takes it, each picture still a URL."""
+def _read_messages(messages: Any, max_positions: int) -> list[dict[str, Any]]:
+    """The conversation as the processor takes it, each image still a URL."""
     if not isinstance(messages, list) or not messages:
-        raise RequestError(f"`messages` must be a list of at least one message: got {_shown(messages)}.")
-    result = []
+        raise RequestError(
+            f"`messages` must be a list of at least one message: got {shown(messages)}.", param="messages"
+        )
+    result: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        where = f"`messages[{number}]`"
-        if not isinstance(message, dict):
-            raise RequestError(f"{where} must be an object with `role` and `content`: got {_shown(message)}.")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or (role == "system" and number):
-            raise RequestError(
-                f"{where} must have the role system (first only), user or assistant: got {_shown(role)}."
-            )
-        if message.get("tool_calls"):
-            raise RequestError(f"{where} holds `tool_calls`, and this model calls no tools. Leave them out.")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not isinstance(content, list):
-            raise RequestError(f"The content of {where} must be a text or a list of parts: got {_shown(content)}.")
-        result.append({"role": role, "content": [_part(part, role, where) for part in content]})
+        role, content = _read_message(message, f"messages[{number}]", all(each["role"] == "system" for each in result))
+        if role == "system" and result:
+            # The model knows one system prompt, in front.
+            content = [*result.pop()["content"], {"type": "text", "text": "\n\n"}, *content]
+        result.append({"role": role, "content": content})
     if result[-1]["role"] != "user":
-        raise RequestError(f"The last message must be the user's: got one with role {result[-1]['role']!r}.")
+        raise RequestError(
+            f"The last message must be the user's: got one with role {result[-1]['role']!r}.", param="messages"
+        )
+    parts = [part for message in result for part in message["content"]]
+    # Each message and each part costs time before the prompt is known to be too long.
+    texts = sum(len(part.get("text", "")) for part in parts)
+    for count, most, what in (
+        (len(result), max_positions, "messages"),
+        (len(parts), max_positions, "parts"),
+        (texts, max_positions * CHARACTERS_PER_POSITION, "characters"),
+    ):
+        if count > most:
+            raise RequestError(
+                f"This model's maximum context length is {max_positions} tokens, and a conversation may have at most "
+                f"{most} {what}: got {count}. Shorten it.",
+                400,
+                "context_length_exceeded",
+                "messages",
+            )
     return result
 
 
-def _part(part: Any, role: str, where: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        return {"type": "text", "text": _text(part.get("text"), f"The text of {where}")}
-    if kind != "image_url":
-        shown = _shown(part if kind is None else kind)
+def _read_message(message: Any, field: str, is_leading: bool) -> tuple[str, list[dict[str, Any]]]:
+    """Role and parts of one message; `is_leading` where nobody but the system spoke before."""
+    if not isinstance(message, dict):
+        raise RequestError(f"`{field}` must be an object with `role` and `content`: got {shown(message)}.", param=field)
+    named, content = message.get("role"), message.get("content")
+    role = ROLES.get(named) if isinstance(named, str) else None
+    if role is None or (role == "system" and not is_leading):
         raise RequestError(
-            f"A part of {where} must be of type text or image_url: got {shown}. The model takes no audio and no video."
+            f"`{field}` must have the role system (first only), user or assistant: got {shown(named)}.",
+            param=f"{field}.role",
+        )
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise RequestError(
+                f"`{field}` holds `{name}`, and this model calls no tools. Leave them out.", param=f"{field}.{name}"
+            )
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise RequestError(
+            f"The content of `{field}` must be a text or a list of parts: got {shown(content)}.",
+            param=f"{field}.content",
+        )
+    return role, [_read_part(part, role, field) for part in content]
+
+
+def _read_part(part: Any, role: str, field: str) -> dict[str, Any]:
+    where = f"{field}.content"
+    part_type = part.get("type") if isinstance(part, dict) else None
+    if part_type == "text":
+        return {"type": "text", "text": _read_text(part.get("text"), f"The text of `{field}`", where)}
+    if part_type != "image_url":
+        raise RequestError(
+            f"A part of `{field}` must be of type text or image_url: got "
+            f"{shown(part if part_type is None else part_type)}. The model takes no audio and no video.",
+            param=where,
         )
     if role != "user":
-        raise RequestError(f"Pictures belong into messages of the user: got one in {where}, of role {role!r}.")
+        raise RequestError(
+            f"Pictures belong into messages of the user: got one in `{field}`, of role {role!r}.", param=where
+        )
     url = part.get("image_url")
     url = url.get("url") if isinstance(url, dict) else url
     if not isinstance(url, str):
-        raise RequestError(f'A picture of {where} must be {{"url": "data:image/png;base64,…"}}: got {_shown(url)}.')
+        raise RequestError(
+            f'A picture of `{field}` must be {{"url": "data:image/png;base64,…"}}: got {shown(url)}.', param=where
+        )
     return {"type": "image", "url": url}
 
 
-def _text(text: Any, what: str) -> str:
+def _read_text(text: Any, what: str, param: str) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"{what} must be a string: got {_shown(text)}.")
+        raise RequestError(f"{what} must be a string: got {shown(text)}.", param=param)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{what} must be valid Unicode: got half a character at position {error.start}.") from error
+        raise RequestError(
+            f"{what} must be valid Unicode: got half a character at position {error.start}.", param=param
+        ) from error
     return text
 
 
-def _instructions(options: Any, pictures: int) -> str | list[str] | None:
+def _read_instructions(options: Any, images: int, max_positions: int) -> str | list[str] | None:
     """An instruction of the client's own, in place of its question's first line."""
+    field = "chat_template_kwargs"
     if options is None:
         return None
     if not isinstance(options, dict) or options.keys() - {"instructions"}:
-        raise RequestError(f"`chat_template_kwargs` takes `instructions` only: got {_shown(options)}.")
+        raise RequestError(f"`{field}` takes `instructions` only: got {shown(options)}.", param=field)
     instructions = options.get("instructions")
-    if isinstance(instructions, str):
-        return _text(instructions, "`instructions`")
     if instructions is None:
         return None
-    if not isinstance(instructions, list) or len(instructions) != pictures:
+    if not isinstance(instructions, str) and (not isinstance(instructions, list) or len(instructions) != images):
         raise RequestError(
-            f"`instructions` must be a text, or a list with one for each of {pictures} pictures: got "
-            f"{_shown(instructions)}."
+            f"`instructions` must be a text, or a list with one for each of {images} pictures: got "
+            f"{shown(instructions)}.",
+            param=field,
         )
-    return [_text(text, "Each of `instructions`") for text in instructions]
-
-
-def _picture(url: str, limits: Limits) -> Image.Image:
-    """The picture at a data URL, upright, decoded only when its size is known to be within the limits."""
-    if url.startswith("data:"):
-        header, comma, encoded = url.partition(",")
-        if not comma or not header.endswith(";base64"):
-            raise RequestError(f"A data URL must begin like data:image/png;base64, got {_shown(url)}.")
-        try:
-            data = base64.b64decode(encoded, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise RequestError(f"The data URL of a picture must hold base64: got {_shown(url)} ({error}).") from error
-    elif not url.startswith(("http://", "https://")):
-        # Whatever else it is, a path of this machine for example, is nothing that a client may open.
-        raise RequestError(f"A picture must be a data URL (data:image/png;base64,…): got {_shown(url)}.")
-    elif limits.remote_pictures:
-        data = _fetch(url, limits.request_bytes)
-    else:
+    texts = [instructions] if isinstance(instructions, str) else instructions
+    for text in texts:
+        _read_text(text, "`instructions`" if text is instructions else "Each of `instructions`", field)
+    longest = max(map(len, texts), default=0)
+    if longest > max_positions * CHARACTERS_PER_POSITION:
         raise RequestError(
-            f"This server fetches no pictures: got {_shown(url)}. Send it as a data URL (data:image/png;base64,…)."
+            f"A text of `instructions` may have at most {max_positions * CHARACTERS_PER_POSITION} characters: got "
+            f"{longest}.",
+            param=field,
         )
-    try:
-        picture = Image.open(BytesIO(data), formats=FORMATS)
-        pixels = picture.width * picture.height
-        if pixels > limits.picture_pixels:
-            raise RequestError(
-                f"A picture may have at most {limits.picture_pixels} pixels: got {picture.width}x{picture.height}. "
-                "Make it smaller first.",
-                413,
-            )
-        picture.load()
-        return ImageOps.exif_transpose(picture)
-    except RequestError:
-        raise
-    except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise RequestError(f"A picture must be one of {known}: got {len(data)} bytes of something else.") from error
-    except Exception as error:
-        # Decoders fail in many ways on broken files; all of them mean the same here.
-        raise RequestError(f"The picture ({len(data)} bytes) cannot be decoded ({error}). Is it complete?") from error
+    return instructions
 
 
-def _fetch(url: str, limit: int) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "emma-hf"})
-    try:
-        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as response:
-            data = response.read(limit + 1)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"The picture at {_shown(url)} cannot be fetched ({error}).") from error
-    if len(data) > limit:
-        raise RequestError(f"A picture may have at most {limit} bytes: got more from {_shown(url)}.", 413)
-    return data
-
-
-def _shown(value: Any, length: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}…"
+def _image_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [part for message in messages for part in message["content"] if part["type"] == "image"]

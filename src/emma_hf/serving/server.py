@@ -1,20 +1,24 @@
 """`emma-hf serve`: Transformers' OpenAI-compatible server for one EMMA.
 
-The server, its queue and its answers are Transformers' own (`transformers serve`, 5.x). What is added stands between it
-and its clients: requests are checked before they run, errors have OpenAI's form and the right status, and an answer
-that nobody waits for any more is not computed to its end.
+The application, the queue for the model and the form of the answers are Transformers' own (`transformers serve`).
+What is added stands between it and its clients: requests are checked before they run, errors have OpenAI's form and the
+right status, and an answer that nobody waits for any more is not computed to its end.
+
+Of `transformers.cli.serving` it uses `build_server`, `ModelManager`, `GenerationState`, `DirectStreamer` and, of
+`ChatCompletionHandler`, the private `_build_completion` and `_build_chunk_sse`: these are the same in 5.16.1 to 5.24,
+and nobody promises them for another version.
 """
 
 import asyncio
-import contextlib
 import copy
 import inspect
+import json
 import logging
 import socket
 import sys
 import threading
 import time
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import torch
@@ -24,7 +28,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from ..model.errors_emma import EmmaError, MissingPackageError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
-from .requests import ChatRequest, Limits, RequestError, read_request
+from .errors import RequestError, error_object
+from .limits import Limits
+from .requests import ChatRequest, read_request
+from .stop_texts import StopTextFilter
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise MissingPackageError(
@@ -35,12 +42,15 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from openai.types.completion_usage import CompletionUsage
     from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving.utils import DirectStreamer, GenerationState
+
+    from .middleware import ClientMiddleware, client_gone
 except ImportError as error:
     raise MissingPackageError(
         f"`emma-hf serve` needs FastAPI, uvicorn and openai beside Transformers 5.16.1 or newer: {error}. Install them "
@@ -51,8 +61,7 @@ logger = logging.getLogger(__name__)
 # What a client gets where it says nothing, as in Transformers' own server.
 DEFAULT_MAX_TOKENS = 1024
 ROUTES = {"/v1/chat/completions", "/v1/models", "/health"}
-# Set when the client of the request that runs has gone.
-_client_gone: ContextVar[threading.Event] = ContextVar("client_gone")
+STREAM_END = "data: [DONE]\n\n"
 
 
 def serve(
@@ -69,7 +78,7 @@ def serve(
         processor: of the same checkpoint.
         name: under which clients ask for it.
         listener: bound socket; see `listen`.
-        limits: of one request.
+        limits: limits for one request.
     """
     host, port = listener.getsockname()[:2]
     print(f"emma-hf: {name} answers at http://{host}:{port}/v1", file=sys.stderr, flush=True)
@@ -81,7 +90,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket bound to `host` and `port` (0: any free one).
 
     Raises:
-        EmmaError: an address that is not this machine's, or a port in use.
+        EmmaError: an address this machine does not own, or a port already in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -97,37 +106,37 @@ def build_app(
 ) -> "FastAPI":
     """The server as an ASGI application; the arguments are those of `serve`."""
     limits = limits or Limits()
-    manager = _OneModel(name, model, processor)
+    manager = _SingleModelManager(name)
     state = GenerationState()
     # How many other handlers there are differs from version to version; their routes go below.
     handlers: dict[str, Any] = {
         name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")
     }
-    handlers["chat_handler"] = _ChatHandler(manager, state, limits)
+    handlers["chat_handler"] = _ChatHandler(manager, state, model, processor, limits)
     app = build_server(model_manager=manager, generation_state=state, **handlers)
     # The others load models that a client names, forget them for everybody, or take their requests unchecked.
     app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+    app.add_api_route("/v1/models/{requested:path}", manager.find_model, methods=["GET"])
+    for route in app.router.routes:
+        if "GET" in route.methods:
+            route.methods.add("HEAD")
     for kind, answer in (
         (RequestError, _refused),
         (RequestValidationError, _malformed),
         (HTTPException, _http_error),
     ):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(_ClientMiddleware, limit=limits.request_bytes)
+    app.add_middleware(ClientMiddleware, limit=limits.request_bytes)
     return app
 
 
-class _OneModel(ModelManager):
-    """Has the model that was given, and no other."""
+class _SingleModelManager(ModelManager):
+    """Names one model, which is loaded already, and no other."""
 
-    def __init__(self, name: str, model: EmmaForConditionalGeneration, processor: EmmaProcessor) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.force_model = name
-        self._loaded = model, processor
         self._created = int(time.time())
-
-    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
-        return self._loaded
 
     def list_models(self, *args: Any) -> list[dict]:
         model = {"id": self.force_model, "object": "model", "owned_by": "emma-hf", "created": self._created}
@@ -136,51 +145,69 @@ class _OneModel(ModelManager):
     # Its name in older versions of Transformers.
     get_gen_models = list_models
 
+    def find_model(self, requested: str) -> dict:
+        """The model by its name.
+
+        Raises:
+            RequestError: another name.
+        """
+        if requested != self.force_model:
+            raise RequestError(
+                f"This server has one model, {self.force_model!r}: got {requested[:60]!r}.",
+                404,
+                "model_not_found",
+                "model",
+            )
+        return self.list_models()[0]
+
 
 class _ChatHandler(ChatCompletionHandler):
-    """Checks each request and prepares it off the event loop; Transformers generates and formats the answer."""
+    """Checks each request, prepares it off the event loop, and generates its answer on Transformers' thread."""
 
-    def __init__(self, manager: _OneModel, state: "GenerationState", limits: Limits) -> None:
+    def __init__(
+        self,
+        manager: _SingleModelManager,
+        state: "GenerationState",
+        model: EmmaForConditionalGeneration,
+        processor: EmmaProcessor,
+        limits: Limits,
+    ) -> None:
         super().__init__(manager, state)
         self._limits = limits
         self._name = manager.force_model
-        self._model, self._processor = manager.load_model_and_processor()
-        self._positions = self._model.config.get_text_config().max_position_embeddings
+        self._model, self._processor = model, processor
+        self._positions = model.config.get_text_config().max_position_embeddings
         self._preparing = threading.Lock()
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         try:
-            return await self._answer(body, request_id)
+            request, inputs = await asyncio.to_thread(self._prepare, body)
+            length = inputs["input_ids"].shape[1]
+            config = self._generation_config(request, length)
+            inputs["logits_processor"] = LogitsProcessorList([_CancelAndSeedProcessor(client_gone.get(), request.seed)])
+            if request.stream:
+                return StreamingResponse(
+                    self._stream(request_id, request, inputs, config), media_type="text/event-stream"
+                )
+            sequence = await asyncio.shield(self._generate(inputs, config))
+            return JSONResponse(self._completion(request_id, request, sequence[0, length:].tolist(), length, config))
         except RequestError:
             raise
-        except _ClientGone:
+        except _ClientGoneError:
             # Nobody reads it. The status is the one that proxies log for this.
             return JSONResponse({}, status_code=499)
         except Exception as error:
-            # Left to the server, it would also cut the connection. Its text may tell of the machine; the log has it.
-            logger.exception("A request failed.")
-            return _error(f"The server failed on this request ({type(error).__name__}). Its log says why.", 500)
-
-    async def _answer(self, body: dict, request_id: str) -> Any:
-        request, inputs = await asyncio.to_thread(self._prepare, body)
-        inputs["logits_processor"] = LogitsProcessorList([_Watch(_client_gone.get(), request.seed)])
-        config = self._generation_config(request, inputs["input_ids"].shape[1])
-        answer = _Answer(self, request)
-        if request.stop:
-            criterion = StopStringCriteria(self._processor.tokenizer, list(request.stop))
-            inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
-        run = answer._streaming if request.stream else answer._non_streaming
-        manager = self.generation_state.get_manager(self._name)
-        result = run(request_id, self._model, self._processor, self._name, inputs, config, gen_manager=manager)
-        return result if request.stream else await result
+            # Left to the server, it would also cut the connection.
+            return JSONResponse(_internal_error(error), status_code=500)
 
     def _prepare(self, body: dict) -> tuple[ChatRequest, Any]:
-        most = (self._positions - 1) // self._processor.image_seq_length
-        request = read_request(body, self._name, self._limits, most)
-        options = {} if request.instructions is None else {"instructions": request.instructions}
-        try:
-            # Fast tokenizers are not made for several threads at once.
-            with self._preparing:
+        max_images = (self._positions - 1) // self._processor.image_seq_length
+        request = read_request(body, self._name, self._limits, max_images, self._positions)
+        options: dict[str, Any] = {} if request.instructions is None else {"instructions": request.instructions}
+        # One at a time: decoded images are large, and fast tokenizers are not made for several threads at once.
+        with self._preparing:
+            request.decode_images()
+            try:
                 inputs = self._processor.apply_chat_template(
                     request.messages,
                     add_generation_prompt=True,
@@ -189,18 +216,29 @@ class _ChatHandler(ChatCompletionHandler):
                     return_tensors="pt",
                     **options,
                 )
-        except ValueError as error:
-            raise RequestError(str(error)) from error
-        return request, inputs.to(self._model.device, self._model.dtype)
+            except ValueError as error:
+                raise RequestError(str(error), param="messages") from error
+            finally:
+                # The answer may wait long for its turn, and needs neither.
+                body.clear()
+                request.messages.clear()
+            inputs = inputs.to(self._model.device, self._model.dtype)
+            if request.stop:
+                criterion = StopStringCriteria(self._processor.tokenizer, list(request.stop))
+                inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
+        return request, inputs
 
     def _generation_config(self, request: ChatRequest, length: int) -> Any:
         """The model's own, with what the request says, for a prompt of `length` tokens."""
         room = self._positions - length
         if room < 1:
             raise RequestError(
-                f"A prompt must leave room for an answer in the model's {self._positions} positions: got {length} "
-                "tokens. Shorten it, or send fewer pictures.",
-                code="context_length_exceeded",
+                f"This model's maximum context length is {self._positions} tokens. A prompt must leave room for an "
+                f"answer in the model's {self._positions} positions: got {length} tokens. Shorten it, or send fewer "
+                "pictures.",
+                400,
+                "context_length_exceeded",
+                "messages",
             )
         config = copy.deepcopy(self._model.generation_config)
         config.max_new_tokens = min(request.max_tokens or DEFAULT_MAX_TOKENS, room)
@@ -211,65 +249,60 @@ class _ChatHandler(ChatCompletionHandler):
             config.top_p = request.top_p
         return config
 
+    def _generate(self, inputs: dict, config: Any, streamer: Any = None) -> "asyncio.Future":
+        """The sequences that `generate` returns, once it was this request's turn."""
+        manager = self.generation_state.get_manager(self._name)
+        return manager.async_submit(self._model.generate, **inputs, generation_config=config, streamer=streamer)
 
-class _Answer(ChatCompletionHandler):
-    """Formats the answer to one request, which ends before the first of its stop texts."""
-
-    def __init__(self, handler: _ChatHandler, request: ChatRequest) -> None:
-        super().__init__(handler.model_manager, handler.generation_state)
-        self._stop = request.stop
-        self._held = ""
-        self._stopped = False
-
-    def _build_completion(self, request_id: str, content: str, model_id: str, **kwargs: Any) -> dict:
-        content, found = self._before_stop(content)
-        if found:
-            kwargs["finish_reason"] = "stop"
-        return super()._build_completion(request_id, content, model_id, **kwargs)
-
-    def _build_chunk_sse(self, request_id: str = "", content: str | None = None, **kwargs: Any) -> str:
-        if not self._stop:
-            return super()._build_chunk_sse(request_id, content=content, **kwargs)
-        if content is not None:
-            content = self._pass_on(content)
-            return super()._build_chunk_sse(request_id, content=content, **kwargs) if content else ""
-        if kwargs.get("finish_reason") is None:
-            return super()._build_chunk_sse(request_id, **kwargs)
-        rest = (
-            ""
-            if self._stopped or not self._held
-            else super()._build_chunk_sse(request_id, content=self._held, model=kwargs.get("model"))
+    def _completion(self, request_id: str, request: ChatRequest, ids: list[int], length: int, config: Any) -> dict:
+        stop_filter = StopTextFilter(request.stop)
+        text = stop_filter.push(self._processor.decode(ids, skip_special_tokens=True)) + stop_filter.finish()
+        finish_reason = _finish_reason(ids, config, stop_filter)
+        return self._build_completion(
+            request_id, text, self._name, finish_reason=finish_reason, usage=_usage(length, ids)
         )
-        if self._stopped:
-            kwargs["finish_reason"] = "stop"
-        return rest + super()._build_chunk_sse(request_id, **kwargs)
 
-    def _before_stop(self, text: str) -> tuple[str, bool]:
-        first = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=-1)
-        return (text[:first], True) if first >= 0 else (text, False)
+    async def _stream(
+        self, request_id: str, request: ChatRequest, inputs: dict, config: Any
+    ) -> AsyncGenerator[str, None]:
+        """The events of an answer, the last of which is `STREAM_END` also after an error."""
+        queue: asyncio.Queue = asyncio.Queue()
+        tokenizer = self._processor.tokenizer.backend_tokenizer
+        streamer = DirectStreamer(tokenizer, asyncio.get_running_loop(), queue)
+        generation = self._generate(inputs, config, streamer)
 
-    def _pass_on(self, content: str) -> str:
-        """What of the text so far cannot be the beginning of a stop text any more."""
-        if self._stopped:
-            return ""
-        text, self._stopped = self._before_stop(self._held + content)
-        keep = (
-            0
-            if self._stopped
-            else max(
-                (length for stop in self._stop for length in range(1, len(stop)) if text.endswith(stop[:length])),
-                default=0,
+        def end(done: asyncio.Future) -> None:
+            # Also where it fails: the streamer then reports no end. Where nobody waits any more, nobody asks why.
+            done.exception()
+            queue.put_nowait(None)
+
+        generation.add_done_callback(end)
+        stop_filter = StopTextFilter(request.stop)
+        try:
+            yield self._build_chunk_sse(request_id, role="assistant", model=self._name)
+            while (piece := await queue.get()) is not None:
+                if text := stop_filter.push(piece):
+                    yield self._build_chunk_sse(request_id, content=text, model=self._name)
+            length = inputs["input_ids"].shape[1]
+            ids = (await asyncio.shield(generation))[0, length:].tolist()
+            if text := stop_filter.finish():
+                yield self._build_chunk_sse(request_id, content=text, model=self._name)
+            finish_reason = _finish_reason(ids, config, stop_filter)
+            yield self._build_chunk_sse(
+                request_id, finish_reason=finish_reason, model=self._name, usage=_usage(length, ids)
             )
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        except _ClientGoneError:
+            return
+        except Exception as error:
+            yield f"data: {json.dumps(_internal_error(error))}\n\n"
+        yield STREAM_END
 
 
-class _ClientGone(Exception):
+class _ClientGoneError(Exception):
     """Ends the generation of an answer that nobody waits for."""
 
 
-class _Watch(LogitsProcessor):
+class _CancelAndSeedProcessor(LogitsProcessor):
     """Runs in the thread that generates, before each token: ends what is not awaited, and applies the seed.
 
     Requests wait in one queue for that thread, so a seed that was set when one of them came in would be another's.
@@ -280,70 +313,36 @@ class _Watch(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self._gone.is_set():
-            raise _ClientGone
+            raise _ClientGoneError
         if self._seed is not None:
             torch.manual_seed(self._seed)
             self._seed = None
         return scores
 
 
-class _ClientMiddleware:
-    """Refuses bodies over `limit` bytes, and tells the request that its client has gone."""
-
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        body, size, more = bytearray(), 0, True
-        # Most clients read no answer before they have sent everything; what is too much is read on, but not kept.
-        while more and size <= 8 * self._limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            part, more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            if size <= self._limit:
-                body += part
-        if size > self._limit:
-            text = f"A request may have at most {self._limit} bytes: got more. Send smaller pictures."
-            await _error(text, 413)(scope, receive, send)
-            return
-
-        gone = threading.Event()
-        _client_gone.set(gone)
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-
-        watching = asyncio.create_task(watch())
-        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
-
-        async def replay() -> dict:
-            if (message := next(messages, None)) is not None:
-                return message
-            await asyncio.shield(watching)
-            return {"type": "http.disconnect"}
-
-        try:
-            await self._app(scope, replay, send)
-        finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+def _finish_reason(ids: list[int], config: Any, stop_filter: StopTextFilter) -> str:
+    """Why an answer of these tokens ended, in OpenAI's words."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ended = stop_filter.stopped or (ids and ids[-1] in ends)
+    return "length" if len(ids) >= config.max_new_tokens and not ended else "stop"
 
 
-def _error(message: str, status: int, code: str | None = None) -> "JSONResponse":
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status_code=status)
+def _usage(length: int, ids: list[int]) -> "CompletionUsage":
+    return CompletionUsage(prompt_tokens=length, completion_tokens=len(ids), total_tokens=length + len(ids))
+
+
+def _internal_error(error: Exception) -> dict[str, Any]:
+    # The text of the error may tell of the machine.
+    logger.error("A request failed.", exc_info=error)
+    return error_object(f"The server failed on this request ({type(error).__name__}). Its log says why.", 500)
+
+
+def _error(message: str, status: int, code: str | None = None, param: str | None = None) -> "JSONResponse":
+    return JSONResponse(error_object(message, status, code, param), status_code=status)
 
 
 def _refused(_: "Request", error: Any) -> "JSONResponse":
-    return _error(str(error), error.status, error.code)
+    return _error(str(error), error.status, error.code, error.param)
 
 
 def _malformed(_: "Request", error: Any) -> "JSONResponse":
