@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.kernels import CUDA, DEVICE, needs_kernels
+from support.kernel_marks import CUDA, DEVICE, needs_kernels
 
 from emma_hf.model import fused_alignment as fused
 

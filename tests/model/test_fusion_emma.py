@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.kernels import DEVICE, needs_cuda, needs_kernels
+from support.kernel_marks import DEVICE, needs_cuda, needs_kernels
 from support.models import tiny_config, tiny_inputs, tiny_model
 from torch import nn
 
