@@ -41,6 +41,8 @@ TOUCHING = {
 MEANT = {
     ("code_files_emma.py", "copy_code_files", "copyfile"),
     ("code_files_emma.py", "copy_code_files", "mkdir"),
+    ("handler.py", "_load_image", "load"),
+    ("handler.py", "_open_image", "open"),
     ("image_processing_emma.py", "_open", "load"),
     ("image_processing_emma.py", "_open", "load_image"),
     ("image_processing_emma.py", "_open", "open"),
