@@ -8,27 +8,27 @@ the scene's facts say. The ratio is that of the whole process to the imports of 
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 from common import Report, argument_parser, in_turns, quartiles, ratio, run_python
 
+from emma_hf.tiny import Scene, draw
+
 # The classes are what EMMA is made of: Transformers imports a part of itself when it is first named.
-BEFORE = """
-import json, time
+CODE = """
+import json, sys, time
 import torch, transformers
 marks = {"import torch, transformers": time.process_time()}
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel, LlamaForCausalLM, LlamaTokenizerFast
 marks["import the parts of Transformers that are used"] = time.process_time()
-"""
-AFTER = """
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
-from emma_hf.tiny.scenes import Scene
-from emma_hf.tiny.drawing import draw
 marks["import emma_hf"] = time.process_time()
 processor = EmmaProcessor.from_pretrained(EMMA_TINY)
 model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype="auto").eval()
 marks["load"] = time.process_time()
-content = [{"type": "image", "image": draw(Scene.random(SEED))}, {"type": "text", "text": "How many things are there?"}]
+content = [{"type": "image", "path": sys.argv[1]}, {"type": "text", "text": sys.argv[2]}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -36,17 +36,16 @@ inputs = processor.apply_chat_template(
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 said = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 marks["answer"] = time.process_time()
-right = said.strip() == str(len(Scene.random(SEED).things))
-print(json.dumps([marks, right]))
+print(json.dumps([marks, said]))
 """
-SEED = 4
+QUESTION, SCENE = "How many things are there?", Scene.random(4)
 
 
-def measure(code: str) -> dict[str, float]:
+def measure(image: Path) -> dict[str, float]:
     """Seconds of processor time of each part of one process."""
-    marks, right = json.loads(run_python(code))
-    if not right:
-        raise SystemExit("The answer is wrong, so its cost means nothing.")
+    marks, said = json.loads(run_python(CODE, image, QUESTION))
+    if said.strip() != str(len(SCENE.things)):
+        raise SystemExit(f"The answer {said!r} is wrong, so its cost means nothing.")
     ends = [0.0, *marks.values()]
     return {name: end - start for name, start, end in zip(marks, ends, ends[1:])}
 
@@ -57,7 +56,10 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     report = Report("first_answer", args)
-    runs = in_turns({"answer": f"SEED = {SEED}\n{BEFORE}{AFTER}"}, args.runs, "processes", measure)["answer"]
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "scene.png"
+        draw(SCENE).save(image)
+        runs = in_turns({"answer": image}, args.runs, "processes", measure)["answer"]
     imports = [sum(list(run.values())[:2]) for run in runs]
     parts = {name: [run[name] for run in runs] for name in runs[0]}
     parts["all"] = [sum(run.values()) for run in runs]
