@@ -75,13 +75,12 @@ def trainable(tmp_path_factory, processor):
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
-    """emma-tiny's processor with the tokenizers that the scenes teach, and EMMA around towers at random."""
+    """emma-tiny's processor, and EMMA around towers at random."""
     # Here, because the environment of the chat page has no tools for training.
     from emma_hf.tiny.clip import clip_model
-    from emma_hf.tiny.tokenizers import tiny_processor
     from emma_hf.tiny.training import untrained_tiny
 
     folder = tmp_path_factory.mktemp("tiny")
-    processor = tiny_processor(folder / "tokenizers")
+    processor = emma_hf.EmmaProcessor.from_pretrained(emma_hf.EMMA_TINY)
     clip_model(processor, seed=0).save_pretrained(folder / "clip")
     return processor, untrained_tiny(folder / "clip", processor, seed=0).eval()

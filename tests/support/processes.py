@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
+# `PYTHONPATH` of a process that imports from this folder.
+WITH_SUPPORT = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 
 
 def run_python(code: str, *arguments: str | Path, cwd: Path | None = None, importable: bool = True, **environment: str):
@@ -26,11 +28,10 @@ def run_processes(
 ):
     """Run `script`, or `"-m", module`, in several processes that share the steps of a training (torchrun, gloo)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [*command, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**OFFLINE, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **environment},
+        env={**OFFLINE, "OMP_NUM_THREADS": "1", "PYTHONPATH": WITH_SUPPORT, **environment},
         timeout=timeout,
     )

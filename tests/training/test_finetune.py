@@ -40,8 +40,16 @@ def options(epochs: int, rate: float) -> list[str]:
     [
         ("pretrain", options(20, 3e-3)),
         ("finetune", options(100, 3e-3)),
-        ("lora", [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"]),
-        ("qlora", [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"]),
+        pytest.param(
+            "lora",
+            [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qlora",
+            [*options(130, 5e-3), "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_stage_learns_eight_rows(train, tmp_path, stage, more):

@@ -96,6 +96,7 @@ def scene(tmp_path) -> str:
     return path
 
 
+@pytest.mark.slow
 def test_a_locale_that_is_not_utf_8(tmp_path):
     """The question arrives as bytes that the locale's encoding lacks, and is read as UTF-8."""
     picture = scene(tmp_path)
@@ -109,11 +110,12 @@ def test_a_locale_that_is_not_utf_8(tmp_path):
     assert answers[0].stdout == answers[1].stdout != b""
 
 
-def test_a_chat_on_a_terminal_edits_lines_and_remembers_them(tmp_path):
+@pytest.mark.slow
+def test_a_chat_on_a_terminal_edits_lines_and_remembers_them(tmp_path, capfd):
     picture, question = scene(tmp_path), "How many things are there?"
-    count = subprocess.run(
-        [sys.executable, "-m", "emma_hf", "ask", picture, question], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    capfd.readouterr()
+    assert main(["ask", picture, question]) == 0
+    count = capfd.readouterr().out.strip()
     ours, theirs = pty.openpty()
     running = subprocess.Popen(
         [sys.executable, "-m", "emma_hf", "chat", picture],
