@@ -5,9 +5,10 @@ import logging
 
 import pytest
 import transformers
-from support.models import tiny_config
+from support.models import INSTRUCTION, VISION, tiny_config
+from transformers import AutoConfig
 
-from emma_hf import EmmaConfig
+from emma_hf import EmmaConfig, EmmaForConditionalGeneration
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict
 
@@ -89,12 +90,61 @@ def test_what_5_saves_of_rotary_embeddings_is_read_by_4_57():
         ({"instruction_feature_layer": -5}, "the 4 hidden states .*: got -5"),
         ({"instruction_length": 78}, "at most the positions .*: got 78 with max_position_embeddings=77"),
         ({"instruction_length": 1}, "must be at least 2"),
+        ({"projector_hidden_act": "gelux"}, "`projector_hidden_act` must be one of 'gelu', .*: got 'gelux'"),
         ({"image_token_index": 120}, "inside the language model's vocabulary: got 120 with vocab_size=120"),
     ],
 )
 def test_values_that_disagree_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**values)
+
+
+def _file_with(folder, part: str | None, **values):
+    config = tiny_config().to_dict()
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_attn_implementation": "org/kernel"},
+        {"attn_implementation": "org/kernel@main:attend"},
+        {"_attn_implementation": {"text_config": "org/kernel"}},
+        {"_experts_implementation": "org/kernel"},
+    ],
+)
+def test_a_config_file_cannot_ask_for_a_kernel_of_the_hub(tmp_path, part, values):
+    folder = _file_with(tmp_path, part, **values)
+    loaders = (EmmaConfig.from_pretrained, AutoConfig.from_pretrained, EmmaForConditionalGeneration.from_pretrained)
+    for load in (*loaders, lambda folder: EmmaConfig.from_json_file(folder / "config.json")):
+        with pytest.raises(ValueError, match="must not name a kernel of the Hub, .*: got .*org/kernel.* pass "):
+            load(folder)
+
+
+def test_the_internal_attention_of_a_config_file_is_dropped(tmp_path):
+    for part in (None, "text_config"):
+        config = EmmaConfig.from_pretrained(_file_with(tmp_path, part, _attn_implementation_internal="org/kernel"))
+        assert [config._attn_implementation, config.text_config._attn_implementation] == [None, None]
+    assert (
+        EmmaConfig.from_pretrained(_file_with(tmp_path, None, _attn_implementation="eager"))._attn_implementation
+        == "eager"
+    )
+
+
+def test_a_user_can_ask_for_a_kernel_of_the_hub(tmp_path):
+    config = EmmaConfig.from_pretrained(_file_with(tmp_path, None), attn_implementation="org/kernel")
+    assert config._attn_implementation == config.text_config._attn_implementation == "org/kernel"
+    config.save_pretrained(tmp_path)
+    assert EmmaConfig.from_pretrained(tmp_path)._attn_implementation is None
+
+
+def test_activations_of_the_towers_are_named():
+    for part, values in (("vision_config", VISION), ("instruction_config", INSTRUCTION)):
+        with pytest.raises(ValueError, match=f"`{part}.hidden_act` must be one of .*: got 'gelux'"):
+            EmmaConfig(**{part: {**values, "hidden_act": "gelux"}})
 
 
 def test_misspelt_keys_warn_with_the_nearest_name(caplog):

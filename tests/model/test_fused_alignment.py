@@ -197,16 +197,43 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(both, leaves)
 
 
-def test_two_copies_of_the_file_live_side_by_side():
+def test_forward_mode_is_refused():
+    # PyTorch would give a derivative of zero.
+    v, h, wp, bp, wa, ba, _ = operands((2, 4, 3, 5, 2), torch.float64, "cpu")
+    projected = fused.instruction_projection_reference(h, wp, bp)
+    cases = [
+        (lambda h: fused.instruction_projection(h, wp, bp), h),
+        (lambda v: fused.visual_alignment(v, projected, wa, ba), v),
+        (lambda wa: fused.visual_alignment(v, projected, wa, ba), wa),
+        (lambda grad: fused.gelu_gradient(grad, h, wp, bp), projected),
+        (lambda grad: fused.token_gradient(grad, wa, 0, 4), v),
+        (lambda grad: fused.weight_gradient(grad, v, projected), v),
+    ]
+    for function, value in cases:
+        with pytest.raises(ValueError, match="derivatives in reverse mode alone"):
+            torch.func.jvp(function, (value,), (torch.ones_like(value),))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="fusion_implementation='eager'"):
+            function(torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)))
+        function(value)
+    compiled = torch.compile(lambda v: torch.func.jvp(cases[1][0], (v,), (v,)), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError):
+        compiled(v)
+
+
+@pytest.mark.parametrize(
+    ("module", "namespace"),
+    [("some-model", "emma_hf_model_some_model"), ("模型", "emma_hf_model_u6a21_u578b_"), ("é", "emma_hf_model_ue9_")],
+)
+def test_two_copies_of_the_file_live_side_by_side(module, namespace):
     # The installed one, and one under another name, as `trust_remote_code` brings it.
     tensors = operands((1, 3, 2, 4, 2), torch.float32, "cpu")
     expected = run(KERNELS, tensors)
-    spec = importlib.util.spec_from_file_location("emma_hf.some-model", fused.__file__)
+    spec = importlib.util.spec_from_file_location(f"emma_hf.model.{module}", fused.__file__)
     copy = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = copy
     try:
         spec.loader.exec_module(copy)
-        assert copy.NAMESPACE == "emma_hf_some_model" != fused.NAMESPACE
+        assert copy.NAMESPACE == namespace != fused.NAMESPACE
         for operations in ((copy.instruction_projection, copy.visual_alignment), KERNELS):
             for one, other in zip(run(operations, tensors), expected):
                 assert torch.equal(one, other)

@@ -248,6 +248,31 @@ def test_a_wrong_number_of_images_stops_beam_search(tiny):
         new_tokens(tiny, inputs, num_beams=2)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_images_without_placeholders_are_refused(tiny, beams, use_cache):
+    inputs = tiny_inputs(tiny, (1,))
+    images = {name: inputs[name] for name in ("pixel_values", "instruction_input_ids")}
+    words = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    embeddings = {"inputs_embeds": tiny.get_input_embeddings()(words["input_ids"]).detach()}
+    features = {"image_features": tiny.get_image_features(**images).pooler_output.detach()}
+    options = {"max_new_tokens": 3, "num_beams": beams, "use_cache": use_cache, "bos_token_id": 1}
+    for prompt in ({}, words, {"input_ids": words["input_ids"][:, :1]}, embeddings):
+        for given in (images, features):
+            with pytest.raises(
+                ValueError, match="Image features and image tokens do not match: 0 tokens .* 16 features"
+            ):
+                tiny.generate(**prompt, **given, **options)
+    two = {name: torch.cat([value] * 2) for name, value in images.items()}
+    with pytest.raises(ValueError, match="Image features and image tokens do not match: 16 tokens .* 32 features"):
+        tiny.generate(**{**inputs, **two}, **options)
+
+
+def test_a_prompt_with_images_is_not_prefilled_in_chunks(tiny):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        new_tokens(tiny, tiny_inputs(tiny, (1,)), prefill_chunk_size=7)
+
+
 def test_every_model_suppresses_the_placeholder(tmp_path):
     model = tiny_model()
     image = model.config.image_token_index

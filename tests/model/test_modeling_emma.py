@@ -377,6 +377,18 @@ def test_the_vocabulary_can_grow():
         torch.testing.assert_close(model(**inputs).logits[..., :120], expected)
 
 
+def test_the_vocabulary_keeps_the_placeholder():
+    model = tiny_model(image_token_index=100)
+    for size, multiple in ((100, None), (5, 10), (0, None)):
+        with pytest.raises(
+            ValueError, match=f"placeholder of an image, id 100: got new_num_tokens={size}.*at least 101"
+        ):
+            model.resize_token_embeddings(size, multiple)
+    assert model.resize_token_embeddings(101).num_embeddings == 101
+    assert model.resize_token_embeddings(97, pad_to_multiple_of=8).num_embeddings == 104
+    assert model(**tiny_inputs(model)).logits.shape[-1] == 104
+
+
 def test_the_accessors_reach_the_language_model():
     model = tiny_model()
     language_model = model.model.language_model

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from .code_files_emma import AUTO_MAP, copy_code_files
@@ -142,6 +143,20 @@ class EmmaConfig(PretrainedConfig):
         """Instruction tokens that enter the visual alignment."""
         return INSTRUCTION_TOKENS_KEPT[self.instruction_feature_select_strategy](self.instruction_length)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EmmaConfig":
+        """Like the base class, for the values of a file, which must not ask for code: see `_without_kernels`.
+
+        Raises:
+            EmmaError: an attention or experts implementation that is the name of a kernel on the Hub.
+        """
+        return super().from_dict(_without_kernels(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "EmmaConfig":
+        """Like the base class, with the rule of `from_dict`."""
+        return cls.from_dict(super()._dict_from_json_file(json_file))
+
     def to_dict(self) -> dict[str, Any]:
         """Like the base class, with the complete `auto_map`, whatever the model was loaded through."""
         return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
@@ -164,6 +179,10 @@ class EmmaConfig(PretrainedConfig):
             tuple(INSTRUCTION_TOKENS_KEPT),
         )
         _one_of("fusion_implementation", self.fusion_implementation, ("auto", "eager", "triton"))
+        activations = tuple(ACT2FN)
+        _one_of("projector_hidden_act", self.projector_hidden_act, activations)
+        _one_of("vision_config.hidden_act", self.vision_config.hidden_act, activations)
+        _one_of("instruction_config.hidden_act", self.instruction_config.hidden_act, activations)
         _hidden_state_index("vision_feature_layer", self.vision_feature_layer, self.vision_config)
         _hidden_state_index("instruction_feature_layer", self.instruction_feature_layer, self.instruction_config)
         if self.image_seq_length != self._vision_tokens():
@@ -215,6 +234,25 @@ def _sub_config(value, config_class, defaults):
     if isinstance(value, PretrainedConfig):
         return value
     return config_class(**(defaults if value is None else value))
+
+
+def _without_kernels(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config file, with those of its parts, without the keys that are internal to Transformers.
+
+    With the package kernels installed, `attn_implementation="owner/name"` downloads code and runs it, without
+    `trust_remote_code` (CVE-2026-4372): a user may choose that, a file may not.
+    """
+    kept = {}
+    for key, value in values.items():
+        if key.endswith("_implementation_internal"):
+            continue
+        if key.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+            raise EmmaError(
+                f"A config file must not name a kernel of the Hub, whose code would run: got {key}={value!r}. Remove "
+                f"it from the file; if you trust this kernel, pass {key.lstrip('_')}= to `from_pretrained` yourself."
+            )
+        kept[key] = _without_kernels(value) if isinstance(value, dict) else value
+    return kept
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -16,7 +16,10 @@ import re
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional
+
+from .errors_emma import EmmaError
 
 try:
     import triton
@@ -27,7 +30,8 @@ except ImportError:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Two copies of this file can live in one process, the installed one and one from the Hub; each has its own operations.
-NAMESPACE = re.sub(r"\W", "_", __name__)
+# A folder's name can hold any letter, of which the namespace of an operation takes the ASCII ones.
+NAMESPACE = re.sub(r"\W", lambda c: "_" if c[0].isascii() else f"u{ord(c[0]):x}_", __name__, flags=re.ASCII)
 
 # Programs that keep a GPU busy, and the fewest blocks of the sum worth a program of its own, in the gradient of Wa.
 PROGRAMS = 256
@@ -265,8 +269,26 @@ def _aligned(weight: torch.Tensor) -> torch.Tensor:
     return functional.pad(weight, (0, -weight.shape[1] % 16))
 
 
+def has_forward_derivatives() -> bool:
+    """Whether derivatives are computed in forward mode (`torch.func.jvp`, `jacfwd`).
+
+    A custom operation has no rule for them, and PyTorch then takes them for zero without a word.
+    """
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_derivatives() -> None:
+    """Raise `EmmaError` in forward-mode differentiation."""
+    if has_forward_derivatives():
+        raise EmmaError(
+            "The fused operations have derivatives in reverse mode alone: got a call inside `torch.func.jvp` or "
+            "another forward mode. Use fusion_implementation='eager', or the `…_reference` functions."
+        )
+
+
 def _in_kernels(tensor: torch.Tensor) -> bool:
     """Whether the kernels compute this, not the reference. An empty result needs none."""
+    refuse_forward_derivatives()
     return (tensor.is_cuda or INTERPRETED) and tensor.dtype in DTYPES and tensor.numel() > 0
 
 
@@ -354,6 +376,7 @@ def instruction_projection(features: torch.Tensor, weight: torch.Tensor, bias: t
 
 @instruction_projection.register_fake
 def _instruction_projection_shape(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    refuse_forward_derivatives()
     return features.new_empty(*features.shape[:2], weight.shape[0])
 
 
@@ -416,6 +439,7 @@ def visual_alignment(
 def _visual_alignment_shape(
     vision_features: torch.Tensor, projected: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
+    refuse_forward_derivatives()
     return torch.empty_like(vision_features, memory_format=torch.contiguous_format)
 
 

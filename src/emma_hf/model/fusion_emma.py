@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from .errors_emma import EmmaError, MissingPackageError
-from .fused_alignment import DTYPES, INTERPRETED, instruction_projection, triton, visual_alignment
+from .fused_alignment import (
+    DTYPES,
+    INTERPRETED,
+    has_forward_derivatives,
+    instruction_projection,
+    triton,
+    visual_alignment,
+)
 
 
 def check_fusion_implementation(implementation: str) -> None:
@@ -93,6 +100,8 @@ def _why_kernels_cannot_run(
     """Why the kernels cannot run, and the remedy; None where they can."""
     if triton is None:
         return "the package triton is not installed; install it"
+    if has_forward_derivatives():
+        return "the kernels have derivatives in reverse mode alone; leave `torch.func.jvp`"
     device = vision_features.device
     if not _device_runs_kernels(device.type, device.index):
         return f"it needs a CUDA device of compute capability 8.0 or newer, and the features are on {device}; move them"

@@ -38,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .clip_towers_emma import EmmaInstructionEncoder, EmmaVisionTower
 from .compat_emma import (
+    CACHE_NAME,
     HEAD_TP_PLAN,
     TIED_WEIGHTS_KEYS,
     keep_nested_names_on_save,
@@ -220,6 +221,23 @@ class EmmaPreTrainedModel(PreTrainedModel):
             suppress_image_token(model.generation_config, model.config)
         return loaded
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """`PreTrainedModel.resize_token_embeddings`, which here keeps the row of the placeholder.
+
+        Raises:
+            EmmaError: a size that would cut it off.
+        """
+        rows = -(-(new_num_tokens or 0) // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        image = self.config.image_token_index
+        if new_num_tokens is not None and rows <= image:
+            raise EmmaError(
+                f"The vocabulary must keep the placeholder of an image, id {image}: got new_num_tokens="
+                f"{new_num_tokens}. Pass at least {image + 1}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
         keep_nested_names_on_save(self)
@@ -395,13 +413,14 @@ class EmmaModel(EmmaPreTrainedModel):
             if tokens % length:
                 raise EmmaError(
                     f"Image features and image tokens do not match: an image stands for {length} placeholder tokens, "
-                    f"but row {row} holds {tokens}. Do not cut a prompt inside an image; raise `max_length`."
+                    f"but row {row} holds {tokens}. Do not cut a prompt inside an image: raise `max_length`, and "
+                    "leave out `prefill_chunk_size`."
                 )
         if sum(per_row) != expected:
             raise EmmaError(
                 f"Image features and image tokens do not match: {sum(per_row)} tokens (images per row: "
                 f"{[tokens // length for tokens in per_row]}), but {expected} features ({expected // length} images). "
-                "Pass one image for each `<image>` in the prompts, in their order."
+                "Pass one image for each `<image>` in the prompts, in their order, and no `prefill_chunk_size`."
             )
         return mask
 
@@ -653,7 +672,13 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if images:
             step_ids = model_inputs.get("input_ids")
-            model_inputs.update(images if step_ids is None else self._images_of_step(images, input_ids, step_ids))
+            cache = model_inputs.get(CACHE_NAME)
+            # Before anything is cached all images belong to this step; `forward` refuses those without placeholders.
+            # One token of several never comes first; asking the cache then would stall the device at every step.
+            is_decoding = step_ids is not None and (
+                step_ids.shape[1] == 1 < input_ids.shape[1] or (cache is not None and cache.get_seq_length() > 0)
+            )
+            model_inputs.update(self._images_of_step(images, input_ids, step_ids) if is_decoding else images)
         return model_inputs
 
     def _images_of_step(
