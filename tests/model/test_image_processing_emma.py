@@ -314,7 +314,8 @@ def test_it_loads_from_its_folder_alone_and_again_after_a_save(small, reference,
     shutil.copy(reference / "images" / "photo.jpg", tmp_path)
     code = """
 import sys, numpy as np
-from transformers import AutoImageProcessor
+# Before Transformers 5.20, `transformers` has a placeholder of that name without torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 for source, target in (("first", "second"), ("second", "third")):
     processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=True)
     assert "transformers_modules" in type(processor).__module__, type(processor)
