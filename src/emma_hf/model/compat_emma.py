@@ -76,8 +76,12 @@ WARMUP_SHARE = "warmup_steps" if TRANSFORMERS_5 else "warmup_ratio"
 
 def image_text_auto_classes() -> dict[str, Any]:
     """The Auto classes of this version for models that read images and write text, by name. Goes with 4.57."""
-    names = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
-    return {name: getattr(transformers, name) for name in names if hasattr(transformers, name)}
+    classes = {
+        "AutoModelForImageTextToText": transformers.AutoModelForImageTextToText,
+        "AutoModelForMultimodalLM": getattr(transformers, "AutoModelForMultimodalLM", None),
+        "AutoModelForVision2Seq": getattr(transformers, "AutoModelForVision2Seq", None),
+    }
+    return {name: auto_class for name, auto_class in classes.items() if auto_class is not None}
 
 
 def ties_word_embeddings(config: Any) -> bool:
