@@ -16,13 +16,14 @@ GUARDED = {"bitsandbytes", "ftfy", "regex", "triton"}
 # Of the standard library only what a file was seen to need; what opens connections, runs programs or unpickles is not.
 STANDARD = {
     "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "html", "inspect",
-    "io", "itertools", "json", "logging", "math", "os", "pathlib", "re", "shutil", "typing", "unicodedata", "warnings",
+    "io", "itertools", "json", "logging", "math", "os", "pathlib", "re", "shutil", "sys", "typing", "unicodedata", "warnings",
 }  # fmt: skip
 # Of modules that can do more, the names that may be used.
 NAMES = {
     "os": {"PathLike", "fspath", "path", "path.dirname", "path.abspath"},
     "shutil": {"copyfile"},
     "io": {"BytesIO"},
+    "sys": {"modules"},
 }
 # Names that run what a text says, load code or objects from files, or reach the network, wherever they stand.
 FORBIDDEN = {

@@ -328,3 +328,22 @@ np.save("pixels.npy", processor("photo.jpg", return_tensors="np")["pixel_values"
     assert (tmp_path / "third" / "preprocessor_config.json").read_text() == (
         tmp_path / "first" / "preprocessor_config.json"
     ).read_text()
+
+
+@pytest.mark.parametrize("size", [30, 200, 320, 400])
+def test_base64_without_a_scheme_is_read_whatever_its_length_and_slashes(size):
+    image = Image.new("RGB", (size, size), (16, 0, 0))
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    text = base64.b64encode(data.getvalue()).decode()
+    lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    expected = EmmaImageProcessor(size=28, crop_size=28)(image, return_tensors="pt")["pixel_values"]
+    for given in (text, lines):
+        assert torch.equal(
+            EmmaImageProcessor(size=28, crop_size=28)(given, return_tensors="pt")["pixel_values"], expected
+        )
+
+
+def test_a_name_too_long_is_no_file():
+    with pytest.raises(FileNotFoundError, match="There is no picture at"):
+        EmmaImageProcessor()("no such file, " * 200)

@@ -3,7 +3,10 @@
 import importlib.metadata
 import importlib.util
 import json
+import re
+import time
 import warnings
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -299,3 +302,42 @@ def test_the_answer_never_becomes_the_training_instruction(tokenizer):
         assert "reason" in training_instruction(row, tokenizer)
     with pytest.raises(ValueError, match=r"needs a user turn.*got \['gpt'\]"):
         training_instruction([answer], tokenizer)
+
+
+SPECIAL = [
+    "\U000f0000", "\U000f0000x", "\U000f0001", "\U000f0002", "\U000f0000\U000f0001", "&", "&#", "&#9", "9", "&amp;", "amp;", "&#38;",
+    ";", "<", ">", "'", "\u2019", "\x1b", "\x1b[", "\x1b[0", "\x00", "\r", "\n", "\t", " ", "\u3000", "!", "a", "\u00e9", "\u0301", "\u732b",
+    "\u00c3\u00a9", "<image>", "<imag", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "</s>", ":", "<start_of_text>", "<start_",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("special", SPECIAL, ids=ascii)
+@pytest.mark.parametrize("before", ["", "&", "&#"], ids=ascii)
+@pytest.mark.parametrize("with_ftfy", [True, False])
+def test_time_is_linear_in_what_a_stranger_repeats(tokenizer, monkeypatch, special, before, with_ftfy):
+    if not with_ftfy:
+        monkeypatch.setattr(instruction_emma, "ftfy", None)
+    text = before + special * 100_000
+    patterns = [value for value in vars(instruction_emma).values() if isinstance(value, re.Pattern)]
+    assert len(patterns) >= 6
+    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    for call in (
+        *(partial(pattern.sub, "") for pattern in patterns),
+        unmark_control_tokens,
+        instruction_from_turn,
+        lambda text: encode_instruction(tokenizer, text),
+        lambda text: instructions_from_prompt("<image>" + text.replace("<image>", "")),
+        lambda text: instructions_from_messages([message, message]),
+    ):
+        start = time.perf_counter()
+        call(text)
+        assert time.perf_counter() - start < 2
+
+
+def test_what_lies_far_behind_the_last_id_is_not_read(tokenizer):
+    spaces = " " * 10_000 + "\n" * 10_000
+    assert encode_instruction(tokenizer, f"Who{spaces}is it?") == encode_instruction(tokenizer, "Who is it?")
+    longest = "blackandwhitephotography " * 80
+    assert encode_instruction(tokenizer, longest) == encode_instruction(tokenizer, longest[:2000])
+    # A number of more digits than Python reads.
+    assert encode_instruction(tokenizer, "&#" + "9" * 5000 + ";")[0] == tokenizer.bos_token_id

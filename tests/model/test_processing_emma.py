@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import run_python
 from support.recorded import IMAGE_TOKENS, recorded_inputs
+from transformers import pipeline, tokenization_utils_base
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
+from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction
 
 SYSTEM = (
@@ -309,8 +312,149 @@ def test_assistant_tokens_can_be_masked(processor):
 
 
 def test_other_roles_are_refused(processor):
-    with pytest.raises(Exception, match="Roles are system .*got tool"):
-        processor.apply_chat_template([{"role": "tool", "content": "x"}])
+    system = {"role": "system", "content": "x"}
+    for messages, role in (([{"role": "tool", "content": "x"}], "tool"), ([user("Hi"), system], "system")):
+        with pytest.raises(ValueError, match=f"Roles are system .*got {role}"):
+            processor.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"list of at least one message.*got '\[\]'"),
+        ([[]], "list of at least one message"),
+        ([[user("Hi")], []], "list of at least one message"),
+        ("hi", "list of at least one message.*got 'hi'"),
+        (None, "list of at least one message.*got 'None'"),
+        (user("Hi"), "list of at least one message"),
+        (["hi"], "needs a `role`.*got 'hi'"),
+        ([None], "needs a `role`.*got None"),
+        ([{"content": "x"}], r"needs a `role`.*got the keys \['content'\]"),
+        ([{"role": 3, "content": "x"}], "needs a `role`"),
+        ([{"role": "user"}], "role user needs `content`.*got NoneType"),
+        ([user("Hi"), {"role": "assistant", "content": 3}], "role assistant needs `content`.*got int"),
+        ([{"role": "system", "content": 3}, user("Hi")], "role system needs `content`.*got int"),
+        ([{"role": "user", "content": {"type": "text"}}], "needs `content`.*got dict"),
+        *(
+            ([{"role": role, "content": [part]}], "one of the types text, image, image_url: got")
+            for role in ("user", "assistant", "system")
+            for part in ({"type": "video", "video": "x"}, {"type": "input_text", "text": "a"}, {"text": "a"}, "a", 3, None)
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], "`text` of a text part must be a string: got NoneType"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "must be a string: got int"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "`image_url` of a part must be a string: got NoneType"),
+        ([user("Hi \ud83d")], "text part must be valid Unicode: got half of a surrogate pair at character 3, '.ud83d'"),
+        ([{"role": "system", "content": "\udc80"}, user("Hi")], "system message must be valid Unicode"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_messages_of_a_wrong_shape_are_named(processor, messages, message, tokenize):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize)
+
+
+@pytest.mark.parametrize("content", [None, []])
+def test_an_assistant_without_words_is_an_empty_answer(processor, content):
+    chat = [user("Hi"), {"role": "assistant", "content": content}]
+    empty = [user("Hi"), {"role": "assistant", "content": ""}]
+    options = {"tokenize": True, "return_dict": True}
+    assert processor.apply_chat_template(chat, **options) == processor.apply_chat_template(empty, **options)
+
+
+@pytest.mark.parametrize("cut", range(1, 7))
+def test_a_placeholder_cut_over_two_parts_is_words(processor, cut):
+    chat = [user(picture(), "What is <image>"[: 8 + cut], "<image>"[cut:] + " here?")]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0].count(700) == IMAGE_TOKENS
+    assert inputs["instruction_input_ids"] == [asked(processor, "What is <image> here?")]
+    whole = [user(picture(), "What is <image> here?")]
+    assert inputs["input_ids"] == processor.apply_chat_template(whole, tokenize=True, return_dict=True)["input_ids"]
+
+
+def test_an_image_alone_takes_the_words_of_the_next_turn_not_of_the_last(processor):
+    answer = {"role": "assistant", "content": "Yes."}
+    chat = [user(picture()), answer, user("Who is it?"), answer, user("And the hat?")]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    expected = [asked(processor, "Who is it?")]
+    assert (
+        inputs["instruction_input_ids"] == processor(images=picture(), text=prompt)["instruction_input_ids"] == expected
+    )
+
+
+def test_the_pipeline_hands_instructions_to_the_processor(processor, model, photo):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    seen = []
+    chat = [{"role": "user", "content": [{"type": "image", "url": str(photo)}, {"type": "text", "text": "Who is it?"}]}]
+    handle = model.model.instruction_encoder.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].tolist())
+    )
+    try:
+        pipe(text=chat, max_new_tokens=1, instructions="zebra")
+        pipe(text=chat, max_new_tokens=1)
+    finally:
+        handle.remove()
+    assert seen == [[asked(processor, "zebra")], [asked(processor, "Who is it?")]]
+
+
+def test_a_prompt_longer_than_the_model_warns_once(processor, tmp_path, monkeypatch):
+    processor.save_pretrained(tmp_path)
+    short = EmmaProcessor.from_pretrained(tmp_path)
+    short.tokenizer.model_max_length = 20
+    text = "USER: <image>\nWho is it? ASSISTANT:"
+    length = len(processor(images=picture(), text=text)["input_ids"][0])
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    short(images=picture(), text=text, verbose=False)
+    short(images=picture(), text=text, max_length=30)
+    assert not [text for text in said if "longer than" in text]
+    short(images=[picture()] * 2, text=[text, text])
+    short(images=picture(), text=text)
+    (warning,) = [text for text in said if "longer than" in text]
+    assert f"longer than the specified maximum sequence length for this model ({length} > 20)" in warning
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 has no such keyword")
+def test_replacement_offsets_are_those_of_transformers(processor):
+    prompts = ["a <image> b <image>", "hello"]
+    found = processor(
+        images=[picture()] * 2, text=list(prompts), padding=True, return_tensors="pt",
+        return_text_replacement_offsets=True, return_offsets_mapping=True,
+    )  # fmt: skip
+    expanded, expected = processor.get_text_with_replacements(list(prompts), ["<image>" * IMAGE_TOKENS] * 2)
+    assert found["text_replacement_offsets"] == expected
+    for ids, spans, text in zip(found["input_ids"].tolist(), found["offset_mapping"].tolist(), expanded):
+        assert [text[start:end] for token, (start, end) in zip(ids, spans) if token == 700] == ["<image>"] * ids.count(
+            700
+        )
+        assert max(end for _, end in spans) == len(text)
+    assert "text_replacement_offsets" not in processor(text="hello")
+
+
+def test_a_save_in_one_file_loads(processor, tmp_path):
+    options = {} if TRANSFORMERS_5 else {"legacy_serialization": False}
+    processor.save_pretrained(tmp_path, **options)
+    again = EmmaProcessor.from_pretrained(tmp_path)
+    assert again.to_dict(**options) == processor.to_dict()
+    text = "USER: <image>\nWho? ASSISTANT:"
+    assert again(images=picture(), text=text)["input_ids"] == processor(images=picture(), text=text)["input_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folder", "模型"])
+def test_processes_of_datasets_run_the_processor_of_a_folder(processor, tmp_path, name):
+    pytest.importorskip("datasets")
+    processor.save_pretrained(tmp_path / name)
+    code = """if __name__ == "__main__":
+    import datasets
+    from transformers import AutoProcessor
+    processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+    rows = datasets.Dataset.from_dict({"text": ["hi", "there"]})
+    print(rows.map(lambda row: {"ids": processor(text=row["text"])["input_ids"][0]}, num_proc=2)["ids"][:])
+"""
+    run = run_python(code, tmp_path / name, importable=False, HF_HOME=str(tmp_path / "cache"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout) == [processor(text=text)["input_ids"][0] for text in ("hi", "there")]
 
 
 # What serving engines use
@@ -320,9 +464,9 @@ def test_the_interface_of_serving_engines(processor):
     assert processor.replace_image_token({}, 0) == "<image>" * 16
     planned = processor._get_num_multimodal_tokens(image_sizes=[(20, 30), (1, 1)])
     assert planned.num_image_tokens == [16, 16]
-    assert processor.model_input_names == [
-        *processor.tokenizer.model_input_names, "pixel_values", "instruction_input_ids",
-    ]  # fmt: skip
+    inputs = processor(images=picture(), text="<image>")
+    assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values", "instruction_input_ids"]
+    assert set(processor.model_input_names) == set(inputs)
 
 
 # Saving and loading
@@ -369,6 +513,15 @@ def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
         ({"text": 3}, "`text` must be a string or a list of at least one string: got int"),
         ({"text": []}, "at least one string"),
         ({"text": ["a", 3]}, r"got \['str', 'int'\]"),
+        ({"text": picture(), "images": "<image>"}, r"got Image. The order is \(images, text\); pass both by name"),
+        ({"text": [picture()], "images": "<image>"}, r"got \['Image'\]. The order is \(images, text\)"),
+        ({"text": "hi", "videos": ["x.mp4"]}, "reads text and images: got `videos`"),
+        ({"text": "hi", "audio": ["x.wav"]}, "reads text and images: got `audio`"),
+        ({"text": "Hi \ud83d"}, "`text` must be valid Unicode: got half of a surrogate pair at character 3"),
+        ({"text": ["Hi", "\udc80"]}, "`text` of prompt 1 must be valid Unicode"),
+        ({"text": "<image>", "images": picture(), "instructions": "\udc80"}, "An instruction must be valid Unicode"),
+        ({"text": "<image>"}, "tokens in the prompts should be the same as the number of"),
+        ({"text": "hi", "images": picture()}, "tokens in the prompts should be the same as the number of"),
         ({"text": "<image>"}, "prompt 0 holds 1 placeholders and comes with 0 images"),
         ({"text": "hi", "images": picture()}, r"got 0 placeholders \(per prompt: \[0\]\) and 1 images"),
         ({"text": ["<image>", "<image>"], "images": [picture()]}, r"got 2 placeholders \(per prompt: \[1, 1\]\) and 1 images"),

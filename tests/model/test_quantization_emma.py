@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from support.models import LANGUAGE_LINEARS, tiny_config
+from support.models import LANGUAGE_LINEARS, tiny_config, tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -12,7 +12,8 @@ from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.conversion import convert
 from emma_hf.model import quantization_emma
-from emma_hf.model.quantization_emma import NOT_QUANTIZED, bitsandbytes_config
+from emma_hf.model.compat_emma import TRANSFORMERS_5
+from emma_hf.model.quantization_emma import NOT_QUANTIZED, bitsandbytes_config, check_quantizable
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.evaluation import answers
 from emma_hf.tiny.scenes import Scene
@@ -290,3 +291,30 @@ def test_a_device_map_places_it():
     )
     assert {weight.device.type for weight in model.parameters()} == {"cpu"}
     assert len(quantized_modules(model)) == 42
+
+
+@pytest.mark.parametrize(
+    ("entry", "left"),
+    [
+        ("model.language_model.layers.0.mlp.gate_proj", True),
+        ("model.language_model.layers.0.mlp", True),
+        ("gate_proj", True),
+        # Inside the path: 4.57 finds it there, 5 does not.
+        ("mlp", not TRANSFORMERS_5),
+        # A regular expression in 5 alone.
+        (r"model\.language_model\.layers\.\d+\.mlp", TRANSFORMERS_5),
+        ("model.language_model.layers.1", False),
+    ],
+)
+def test_an_entry_of_the_skip_list_counts_as_this_version_matches_it(entry, left):
+    # The others can be packed; one of these layers cannot.
+    model = tiny_model(text={"hidden_size": 64, "intermediate_size": 96})
+    for layer in model.model.language_model.layers[1:]:
+        layer.mlp = torch.nn.Identity()
+    others = [f"model.language_model.layers.0.mlp.{name}" for name in ("up_proj", "down_proj")]
+    config = {"load_in_4bit": True, "llm_int8_skip_modules": [*others, entry]}
+    if left:
+        check_quantizable(model.model.language_model, config)
+    else:
+        with pytest.raises(ValueError, match=r"multiples of 64: `model.language_model.layers.0.mlp.gate_proj`"):
+            check_quantizable(model.model.language_model, config)

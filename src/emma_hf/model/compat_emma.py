@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -215,6 +216,57 @@ def chat_template_kwargs(kwargs: dict[str, Any], **for_processor: Any) -> dict[s
     if TRANSFORMERS_5:
         return {**kwargs, "processor_kwargs": inner}
     return {**{name: value for name, value in kwargs.items() if name != "processor_kwargs"}, **inner}
+
+
+def warn_of_too_long_prompt(tokenizer: Any, ids: list[int], max_length: int | None, verbose: bool) -> None:
+    """Warn, as Transformers' tokenizers do and once for each, of more ids than `tokenizer.model_max_length`."""
+    tokenizer._eventual_warn_about_too_long_sequence(ids, max_length, verbose)
+
+
+def is_left_unquantized(name: str, skipped: list[str]) -> bool:
+    """Whether bitsandbytes leaves the linear layer `name` alone, as this version matches the list `skipped`.
+
+    4.57 finds an entry anywhere before the layer's own name, and that name itself. 5 finds it at the path's start, as a
+    regular expression, or at its end. Goes with 4.57.
+    """
+    if TRANSFORMERS_5:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        return not should_convert_module(name, skipped)
+    own = name.rpartition(".")[2]
+    return any(own == entry or f"{entry}." in name or entry == name for entry in skipped)
+
+
+def pass_keywords_in_pipelines(processor_class: type) -> None:
+    """Let the pipeline of 4.57 hand its keywords to a processor of this class where it is given messages.
+
+    5 does; 4.57 drops them without a word, `instructions` among them. Goes with 4.57.
+    """
+    if TRANSFORMERS_5:
+        return
+    from transformers.pipelines.image_text_to_text import Chat, ImageTextToTextPipeline
+
+    original = ImageTextToTextPipeline.preprocess
+
+    @wraps(original)
+    def preprocess(self, inputs=None, timeout=None, continue_final_message=None, **keywords):
+        if not (keywords and isinstance(inputs, Chat) and isinstance(self.processor, processor_class)):
+            return original(self, inputs, timeout, continue_final_message, **keywords)
+        if continue_final_message is None:
+            continue_final_message = inputs.messages[-1]["role"] == "assistant"
+        model_inputs = self.processor.apply_chat_template(
+            inputs.messages,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            return_tensors=self.framework,
+            tokenize=True,
+            return_dict=True,
+            **keywords,
+        )
+        model_inputs["text"] = inputs
+        return model_inputs
+
+    ImageTextToTextPipeline.preprocess = preprocess
 
 
 def nested_tower_name(name: str) -> str:

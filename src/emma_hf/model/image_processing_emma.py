@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -380,11 +380,13 @@ def _path_or_buffer(image: str | os.PathLike) -> Path | BytesIO:
     text = str(image)
     if text.startswith("data:"):
         return BytesIO(base64.b64decode(text.partition(",")[2]))
-    if len(text) < 4096 and Path(text).is_file():
-        return Path(text)
+    # Base64 with a late "/" is a name too long.
+    with suppress(OSError):
+        if Path(text).is_file():
+            return Path(text)
     if isinstance(image, str) and len(text) > 64:
         try:
-            return BytesIO(base64.b64decode(text, validate=True))
+            return BytesIO(base64.b64decode("".join(text.split()), validate=True))
         except binascii.Error:
             pass
     raise FileNotFoundError(f"There is no picture at {text[:200]!r}. Check the path, or give a URL or a data URL.")

@@ -4,6 +4,7 @@ import html
 import re
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from html.entities import html5
 from typing import Any
@@ -29,7 +30,16 @@ except ImportError:
 PLACEHOLDER_ESCAPE = "\U000f0002"
 
 # Transformers 5 puts typed control tokens between these two (`sanitize_control_tokens`).
-_MARKED = re.compile("\U000f0000(.)(.*?)\U000f0001", re.DOTALL)
+# Neither mark is inside, which keeps the search linear however many of the first stand alone.
+_MARKED = re.compile("\U000f0000([^\U000f0000\U000f0001])([^\U000f0000\U000f0001]*)\U000f0001")
+
+# The parts of a message that are read.
+PART_TYPES = ("text", "image", "image_url")
+
+# An id of CLIP's vocabulary stands for 24 characters at most. What lies beyond this many for each id is not cleaned:
+# HTML entities inside each other cost the square of their number.
+_CHARACTERS_PER_ID = 50
+_REPEATED_SPACE = re.compile(r"([ \t\n])\1+")
 
 # The letter that stands for each byte in a byte-level vocabulary.
 _BYTE_LETTERS = bytes_to_unicode()
@@ -47,6 +57,19 @@ _STRAIGHT_QUOTES = {
 }
 
 
+def check_text(name: str, text: Any) -> None:
+    """Raise `EmmaError` where `text` is not a string, or no text that UTF-8 can write."""
+    if not isinstance(text, str):
+        raise EmmaError(f"{name} must be a string: got {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EmmaError(
+            f"{name} must be valid Unicode: got half of a surrogate pair at character {error.start}, "
+            f"{text[error.start]!a}. Remove it."
+        ) from error
+
+
 def clean_instruction(text: str) -> str:
     """Text as CLIP's tokenizer sees it: repaired, unescaped, whitespace collapsed, lower case.
 
@@ -54,10 +77,9 @@ def clean_instruction(text: str) -> str:
     text is still exact, and other text is cleaned as far as possible, with a warning.
 
     Raises:
-        EmmaError: `text` is not a string.
+        EmmaError: `text` is not a string, or holds half of a surrogate pair.
     """
-    if not isinstance(text, str):
-        raise EmmaError(f"An instruction must be a string: got {type(text).__name__}.")
+    check_text("An instruction", text)
     if ftfy is not None:
         text = ftfy.fix_text(text)
     else:
@@ -81,10 +103,12 @@ def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: in
         length: number of ids.
 
     Raises:
-        EmmaError: `text` is not a string, or `length` has no room for start and end.
+        EmmaError: `text` is not a valid string, or `length` has no room for start and end.
     """
     if length < 2:
         raise EmmaError(f"An instruction needs room for its start and end, so a length of at least 2: got {length}.")
+    check_text("An instruction", text)
+    text = _REPEATED_SPACE.sub(r"\1", text)[: _CHARACTERS_PER_ID * length]
     ids = [tokenizer.bos_token_id]
     for match in _word_pattern().finditer(clean_instruction(text)):
         word = match.group()
@@ -186,30 +210,63 @@ def normalize_message(message: dict[str, Any], image_token: str = "<image>") -> 
 
     A user's content that is one string is a bare prompt, whose placeholders are images. Any other `image_token` in a
     text is text, and is escaped. A part of type `image_url` becomes one of type `image`. Content that is None (of an
-    assistant that calls a tool) stays.
+    assistant that calls a tool) has no parts.
 
     Raises:
-        EmmaError: a message without role, or a user's without content.
+        EmmaError: a message or a part of another shape, a user's without content, a text that is not valid Unicode.
     """
-    if "role" not in message:
-        raise EmmaError(f"A message needs a `role` (system, user or assistant): got the keys {sorted(message)}.")
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        is_without_role = isinstance(message, Mapping) and "role" not in message
+        found = f"the keys {sorted(message)}" if is_without_role else repr(message)
+        raise EmmaError(f"A message needs a `role` (system, user or assistant): got {found[:200]}.")
     content, is_user = message.get("content"), message["role"] == "user"
+    if content is None and not is_user:
+        content = []
     if isinstance(content, str):
+        check_text(f"The {message['role']} message", content)
         text = content if is_user else escape_placeholders(content, image_token)
         return {**message, "content": [{"type": "text", "text": text}]}
     if not isinstance(content, (list, tuple)):
-        if not is_user:
-            return message
-        raise EmmaError(f"A user message needs `content`, a string or a list of parts: got {type(content).__name__}.")
-    parts = []
-    for part in content:
-        if part.get("type") == "text":
-            part = {**part, "text": escape_placeholders(part["text"], image_token)}
-        elif part.get("type") == "image_url":
-            url = part["image_url"]
-            part = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
-        parts.append(part)
+        raise EmmaError(
+            f"A message of role {message['role']} needs `content`, a string or a list of parts: got "
+            f"{type(content).__name__}."
+        )
+    parts = [_normalize_part(part) for part in content]
+    texts = [part for part in parts if part["type"] == "text"]
+    for part, text in zip(texts, _escape_joined([part["text"] for part in texts], image_token)):
+        part["text"] = text
     return {**message, "content": parts}
+
+
+def _normalize_part(part: Any) -> dict[str, Any]:
+    """A copy of a part of a message; one of type `image_url` becomes one of type `image`."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in PART_TYPES:
+        raise EmmaError(
+            f"A part of a message must have one of the types {', '.join(PART_TYPES)}: got {str(part)[:200]!a}."
+        )
+    if kind == "text":
+        check_text("The `text` of a text part", part.get("text"))
+    if kind != "image_url":
+        return dict(part)
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, Mapping) else url
+    check_text("The `image_url` of a part", url)
+    return {"type": "image", "url": url}
+
+
+def _escape_joined(texts: list[str], image_token: str) -> list[str]:
+    """The texts, in which a placeholder is escaped that stands in one of them or begins in one and ends in another."""
+    joined = "".join(texts)
+    if image_token not in joined:
+        return texts
+    escapes = {match.start() + 1 for match in re.finditer(re.escape(image_token), joined)}
+    escaped, position = [], 0
+    for text in texts:
+        letters = enumerate(text, position)
+        escaped.append("".join(PLACEHOLDER_ESCAPE + c if index in escapes else c for index, c in letters))
+        position += len(text)
+    return escaped
 
 
 def _count_and_instruction(parts: list[dict[str, Any]], image_token: str) -> tuple[int, str]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .code_files_emma import AUTO_MAP, copy_code_files
-from .compat_emma import TRANSFORMERS_5, chat_template_kwargs, only_primary_attributes, silence_padding_advice
+from .compat_emma import (
+    TRANSFORMERS_5,
+    chat_template_kwargs,
+    only_primary_attributes,
+    pass_keywords_in_pipelines,
+    silence_padding_advice,
+    warn_of_too_long_prompt,
+)
 from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor
 from .instruction_emma import (
     PLACEHOLDER_ESCAPE,
+    check_text,
     encode_instruction,
     instructions_from_messages,
     instructions_from_prompt,
@@ -61,6 +71,10 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
+
+
+class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Keywords of a call: those of the tokenizer, for the prompt, and those of the image processor."""
 
 
 PROMPT_KWARGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
@@ -142,7 +156,7 @@ class EmmaProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         instructions: str | list[str] | list[list[str]] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EmmaProcessorKwargs],
     ) -> BatchFeature:
         """Prepare a batch.
 
@@ -160,8 +174,8 @@ class EmmaProcessor(ProcessorMixin):
             `instruction_input_ids` (images, instruction_length), each where its input is given.
 
         Raises:
-            EmmaError: placeholders, images and instructions that differ in number, truncation that would cut a
-                image, an image that cannot be read.
+            EmmaError: placeholders, images and instructions that differ in number, truncation that would cut an
+                image, an image that cannot be read, a text that is not valid Unicode, videos or audio.
             FileNotFoundError: a path that does not exist.
 
         Example:
@@ -175,13 +189,18 @@ class EmmaProcessor(ProcessorMixin):
         """
         if text is None and images is None:
             raise EmmaError("Pass `text`, `images` or both: got neither.")
-        text_kwargs, images_kwargs, return_tensors = self._split_kwargs(kwargs)
+        options: dict[str, Any] = dict(kwargs)
+        for name in ("videos", "audio"):
+            if options.pop(name, None):
+                raise EmmaError(f"EMMA reads text and images: got `{name}`. Pass frames of a video as `images`.")
+        text_kwargs, images_kwargs, return_tensors = self._split_kwargs(options)
         data: dict[str, Any] = {}
         prompts = None if text is None else self._check_prompts(text)
         if prompts is not None:
             counts = [prompt.count(self.image_token) for prompt in prompts]
             images = self._check_image_counts(images, counts)
-            data.update(self._tokenize(prompts, **text_kwargs))
+            replacements = text_kwargs.pop("return_text_replacement_offsets", False)
+            data.update(self._tokenize(prompts, expand_spans=replacements, **text_kwargs))
         elif images is not None:
             images = [image for row in _rows_of(images) for image in row]
             counts = [len(images)]
@@ -196,7 +215,19 @@ class EmmaProcessor(ProcessorMixin):
                 data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
         if return_tensors is not None and text is not None:
             _check_rectangular(data["input_ids"])
-        return BatchFeature(data, tensor_type=return_tensors)
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if prompts is not None and replacements:
+            batch["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in prompts]
+        return batch
+
+    def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
+        """Where each placeholder of `prompt` stands, and its expansion in the expanded prompt."""
+        replacement, offsets = self.replace_image_token(), []
+        for number, match in enumerate(re.finditer(re.escape(self.image_token), prompt)):
+            start = match.start() + number * (len(replacement) - len(self.image_token))
+            span = {"span": match.span(), "new_span": (start, start + len(replacement))}
+            offsets.append({"type": "image", **span, "text": self.image_token, "replacement": replacement})
+        return offsets
 
     def _split_kwargs(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
         """Keywords of the tokenizer, keywords of the image processor, and `return_tensors`."""
@@ -217,7 +248,14 @@ class EmmaProcessor(ProcessorMixin):
         The instruction of each image comes from the messages themselves (an explicit `instructions=` wins). The
         placeholder written as words in a text part, or by anybody but the user, stays words.
         """
-        batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        is_list = isinstance(conversation, (list, tuple))
+        batched = is_list and bool(conversation) and isinstance(conversation[0], (list, tuple))
+        for messages in conversation if batched else [conversation]:
+            if not isinstance(messages, (list, tuple)) or not messages:
+                raise EmmaError(
+                    "A conversation must be a list of at least one message, `{'role': …, 'content': …}`: got "
+                    f"{str(messages)[:200]!a}."
+                )
         conversations = [
             [normalize_message(message, self.image_token) for message in messages]
             for messages in (conversation if batched else [conversation])
@@ -235,13 +273,20 @@ class EmmaProcessor(ProcessorMixin):
                     # A template may place images that no message holds; their instructions are in its prompt.
                     instructions = None
             kwargs = chat_template_kwargs(kwargs, instructions=instructions)
-        return super().apply_chat_template(
-            conversations if batched else conversations[0], chat_template=chat_template, **kwargs
-        )
+        try:
+            return super().apply_chat_template(
+                conversations if batched else conversations[0], chat_template=chat_template, **kwargs
+            )
+        except Exception as error:
+            # A template's own words, or what it misses; Transformers alone needs the package.
+            if type(error).__module__ != "jinja2.exceptions":
+                raise
+            raise EmmaError(f"The chat template refuses these messages: {error}.") from error
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "instruction_input_ids"]
+        # Those of a tokenizer can name `token_type_ids`, which a prompt does not get.
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names, "instruction_input_ids"]
 
     @property
     def image_token_ids(self) -> list[int]:
@@ -263,7 +308,12 @@ class EmmaProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
             kind = type(text).__name__ if not isinstance(text, (list, tuple)) else [type(p).__name__ for p in text]
-            raise EmmaError(f"`text` must be a string or a list of at least one string: got {kind}.")
+            raise EmmaError(
+                f"`text` must be a string or a list of at least one string: got {kind}. The order is (images, text); "
+                "pass both by name."
+            )
+        for row, prompt in enumerate(prompts):
+            check_text("`text`" if isinstance(text, str) else f"`text` of prompt {row}", prompt)
         return [unmark_control_tokens(prompt) for prompt in prompts]
 
     def _check_image_counts(self, images: Any, counts: list[int]) -> list[Any]:
@@ -279,7 +329,7 @@ class EmmaProcessor(ProcessorMixin):
                 if len(flat) != ends[-1]:
                     raise EmmaError(
                         f"Each `{self.image_token}` in the prompts stands for one image: got {ends[-1]} placeholders "
-                        f"(per prompt: {counts}) and {len(flat)} images. Write one `{self.image_token}` per image."
+                        f"(per prompt: {counts}) and {len(flat)} images. {self._count_rule()}"
                     )
                 return flat
         if len(rows) != len(counts):
@@ -291,9 +341,16 @@ class EmmaProcessor(ProcessorMixin):
             if found != len(given):
                 raise EmmaError(
                     f"Each `{self.image_token}` in the prompts stands for one image: prompt {row} holds {found} "
-                    f"placeholders and comes with {len(given)} images. Write one `{self.image_token}` per image."
+                    f"placeholders and comes with {len(given)} images. {self._count_rule()}"
                 )
         return [image for row in rows for image in row]
+
+    def _count_rule(self) -> str:
+        # Tools look for the words of Transformers 5.
+        return (
+            f"The {self.image_token} tokens in the prompts should be the same as the number of images: write one "
+            f"`{self.image_token}` per image."
+        )
 
     def _resolve_instructions(self, instructions: Any, prompts: list[str] | None, counts: list[int]) -> list[str]:
         """One instruction per image, in the images' order."""
@@ -349,10 +406,16 @@ class EmmaProcessor(ProcessorMixin):
         return_attention_mask: bool | None = None,
         return_offsets_mapping: bool = False,
         return_mm_token_type_ids: bool = False,
-        return_text_replacement_offsets: bool = False,
+        verbose: bool = True,
+        expand_spans: bool = False,
         **ignored: Any,
     ) -> dict[str, Any]:
         encoded = [self.encode_prompt(prompt, add_special_tokens) for prompt in prompts]
+        if not truncation:
+            for ids, _ in encoded:
+                warn_of_too_long_prompt(self.tokenizer, ids, max_length, verbose)
+        if expand_spans:
+            encoded = [(ids, self._expand_spans(ids, spans)) for ids, spans in encoded]
         if truncation and truncation != "do_not_truncate":
             limit = self.tokenizer.model_max_length if max_length is None else max_length
             encoded = [self._truncate(ids, offsets, limit, row) for row, (ids, offsets) in enumerate(encoded)]
@@ -374,11 +437,21 @@ class EmmaProcessor(ProcessorMixin):
         if return_mm_token_type_ids:
             data["mm_token_type_ids"] = [[int(i in self.image_token_ids) for i in ids] for ids in data["input_ids"]]
         if return_offsets_mapping:
-            # In the prompt as it was given: all ids of an image have the span of its placeholder.
+            # In the prompt as it was given, all ids of an image have the span of its placeholder.
             data["offset_mapping"] = [
                 _padded(offsets, len(ids), (0, 0), side) for (_, offsets), ids in zip(encoded, data["input_ids"])
             ]
         return data
+
+    def _expand_spans(self, ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Spans in the expanded prompt, where each id of an image has a span of its own."""
+        expanded, images = [], 0
+        for token, (start, end) in zip(ids, spans):
+            # The placeholders so far, beyond the one that the prompt holds for each image.
+            added = (images - images // self.image_seq_length) * len(self.image_token)
+            expanded.append((start + added, end + added))
+            images += token == self.image_token_id
+        return expanded
 
     def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of one prompt, each `image_token` expanded, and the span of characters that each id stands for.
@@ -424,10 +497,13 @@ class EmmaProcessor(ProcessorMixin):
                     f"A text that holds {self.image_token!r} as words needs a fast tokenizer: got "
                     f"{type(self.tokenizer).__name__}. Load it through AutoTokenizer."
                 )
-            ids = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             return ids, [(0, len(piece))] * len(ids)
         extra = int(self._drops_leading_space and piece.startswith(" "))
-        encoded = self.tokenizer(" " * extra + piece, add_special_tokens=False, return_offsets_mapping=True)
+        # Without the warning of a text too long, which is for the whole prompt.
+        encoded = self.tokenizer(
+            " " * extra + piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         spans = [(max(start - extra, 0), max(end - extra, 0)) for start, end in encoded["offset_mapping"]]
         kept = [
             (token, span)
@@ -457,6 +533,10 @@ class EmmaProcessor(ProcessorMixin):
             )
         kept = slice(excess, None) if left else slice(None, limit)
         return ids[kept], offsets[kept]
+
+    def to_dict(self, legacy_serialization: bool = True) -> dict[str, Any]:
+        """Like the base class. The parts have files of their own, whatever 4.57's `legacy_serialization` says."""
+        return super().to_dict()
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, processor_dict=None, **kwargs: Any):
@@ -538,3 +618,11 @@ def _padded(values: list, length: int, fill: Any, side: str) -> list:
 
 
 __all__ = ["CHAT_TEMPLATE", "SYSTEM_PROMPT", "EmmaProcessor"]
+
+pass_keywords_in_pipelines(EmmaProcessor)
+
+# dill, with which `datasets` starts processes, writes a class by value where its module is no attribute of its package,
+# as Transformers leaves the modules that it loads from a folder.
+_package, _, _module = __name__.rpartition(".")
+if _package in sys.modules:
+    vars(sys.modules[_package])[_module] = sys.modules[__name__]

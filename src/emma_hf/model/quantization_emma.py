@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from .compat_emma import is_left_unquantized
 from .errors_emma import EmmaError
 from .loading_emma import loading_errors
 
@@ -90,10 +91,9 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
     skipped = values.get("llm_int8_skip_modules") or []
     for name, module in language_model.layers.named_modules():
         name = f"model.language_model.layers.{name}"
-        whole = any(part in name for part in skipped)
         if (
             isinstance(module, nn.Linear)
-            and not whole
+            and not is_left_unquantized(name, skipped)
             and (module.in_features % _PACKED or module.out_features % _PACKED)
         ):
             raise EmmaError(
