@@ -48,8 +48,8 @@ MEANT = {
     ("image_processing_emma.py", "_open", "load_image"),
     ("image_processing_emma.py", "_open", "open"),
     ("image_processing_emma.py", "_to_rgb", "load"),
-    ("processing_emma.py", "_make_portable", "read_text"),
-    ("processing_emma.py", "_make_portable", "write_text"),
+    ("compat_emma.py", "make_tokenizer_config_portable", "read_text"),
+    ("compat_emma.py", "make_tokenizer_config_portable", "write_text"),
     ("processing_emma.py", "save_pretrained", "write_text"),
 }
 # Where an attribute's name is no literal: it comes from a constant of the same file.

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..model.chat_template_emma import SYSTEM_PROMPT
 from ..model.errors_emma import EmmaError
 from ..model.instruction_emma import escape_placeholders
-from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
+from ..model.processing_emma import EmmaProcessor
 
 # Label of a token without a loss, as PyTorch's cross-entropy has it.
 IGNORE_INDEX = -100

@@ -12,6 +12,7 @@ HUB_FILES = (
     "processing_emma.py",
     "image_processing_emma.py",
     "instruction_emma.py",
+    "chat_template_emma.py",
     "clip_towers_emma.py",
     "code_files_emma.py",
     "compat_emma.py",

@@ -4,10 +4,12 @@ The package runs on Transformers 4.57 and 5.x. Everything else in it is written 
 """
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -274,3 +276,24 @@ def nested_tower_name(name: str) -> str:
     for tower, inner in NESTED_TOWERS.items():
         name = re.sub(rf"^((?:model\.)?{tower})\.(?!{inner}\.)", rf"\1.{inner}.", name)
     return name
+
+
+def make_tokenizer_config_portable(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer's config so that both supported Transformers versions read the same tokenizer from it.
+
+    5.x drops `legacy` and `add_bos_token`, without which a Llama tokenizer is read as another one, and lists its extra
+    tokens under a name that 4.57 expects to hold a dictionary.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    legacy = tokenizer.init_kwargs.get("legacy", vars(tokenizer).get("legacy"))
+    if legacy is not None:
+        # Not what the attributes say, which 5.x does not keep up with the file, but what is done.
+        ids = tokenizer("a")["input_ids"]
+        config["legacy"] = legacy
+        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

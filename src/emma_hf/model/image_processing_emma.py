@@ -439,4 +439,16 @@ def _per_channel(name: str, values: Any) -> list[float]:
     return numbers
 
 
+def is_nested(images: Any) -> bool:
+    return isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
+
+
+def rows_of_images(images: Any) -> list[list[Any]]:
+    """Images as one list per prompt, or as a single list where they are not grouped."""
+    if is_nested(images):
+        return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    return [list(images) if isinstance(images, (list, tuple)) or is_batch else [images]]
+
+
 __all__ = ["EmmaImageProcessor"]

@@ -90,6 +90,45 @@ def clean_instruction(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split()).lower()
 
 
+def instructions_per_image(instructions: Any, counts: list[int]) -> list[str]:
+    """One instruction per image, in the images' order, from what a caller passes as `instructions`.
+
+    Args:
+        instructions: one string for all images, one per prompt (with a single prompt one per image), or a list per
+            prompt.
+        counts: images per prompt.
+
+    Raises:
+        EmmaError: another type, or numbers that differ.
+    """
+    if isinstance(instructions, str):
+        return [instructions] * sum(counts)
+    if not isinstance(instructions, (list, tuple)):
+        raise EmmaError(
+            "`instructions` must be a string, a list of strings or a list of lists of strings: got "
+            f"{type(instructions).__name__}."
+        )
+    if any(isinstance(row, (list, tuple)) for row in instructions):
+        rows = [[row] if isinstance(row, str) else list(row) for row in instructions]
+    elif len(counts) == 1:
+        rows = [list(instructions)]
+        if len(rows[0]) == 1 and counts[0]:
+            rows = [rows[0] * counts[0]]
+    else:
+        rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
+    if len(rows) != len(counts) or (len(instructions) != len(rows) and len(counts) > 1):
+        raise EmmaError(
+            f"`instructions` must have one entry per prompt: got {len(instructions)} for {len(counts)} prompts."
+        )
+    for row, (given, count) in enumerate(zip(rows, counts)):
+        if len(given) != count:
+            raise EmmaError(
+                f"Each image has one instruction: prompt {row} has {count} images and {len(given)} instructions. "
+                "Pass one string per image, or one string for all."
+            )
+    return [instruction for row in rows for instruction in row]
+
+
 def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: int = 77) -> list[int]:
     """Ids of one instruction: start, byte-pair ids, end, padded with 0 to `length`.
 

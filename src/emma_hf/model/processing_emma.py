@@ -8,69 +8,34 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .chat_template_emma import CHAT_TEMPLATE
 from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import (
     TRANSFORMERS_5,
     chat_template_kwargs,
+    make_tokenizer_config_portable,
     only_primary_attributes,
     pass_keywords_in_pipelines,
     silence_padding_advice,
     warn_of_too_long_prompt,
 )
 from .errors_emma import EmmaError
-from .image_processing_emma import EmmaImageProcessor
+from .image_processing_emma import EmmaImageProcessor, is_nested, rows_of_images
 from .instruction_emma import (
     PLACEHOLDER_ESCAPE,
     check_text,
     encode_instruction,
     instructions_from_messages,
     instructions_from_prompt,
+    instructions_per_image,
     normalize_message,
     unmark_control_tokens,
 )
-
-# What a conversation without a system turn begins with; a space follows it.
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# The `vicuna_v1` conversation (LLaVA-1.5): a turn's images first, each followed by a line break, then its words.
-CHAT_TEMPLATE = """\
-{%- macro words(content) -%}
-    {%- if content is string -%}{{ content }}
-    {%- else -%}
-        {%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- if messages[0]['role'] == 'system' -%}
-    {{- words(messages[0]['content']) + ' ' -}}
-{%- else -%}
-    {{- "SYSTEM_PROMPT " -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' -}}
-        {%- if message['content'] is not string -%}
-            {%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-        {%- endif -%}
-        {{- words(message['content']) + ' ' -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT:' -}}
-        {%- generation -%}{{- ' ' + words(message['content']) + eos_token -}}{%- endgeneration -%}
-    {%- elif not (message['role'] == 'system' and loop.first) -%}
-        {{- raise_exception("Roles are system (first only), user and assistant: got " + message['role']) -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-""".replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
 
 
 class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -189,11 +154,7 @@ class EmmaProcessor(ProcessorMixin):
         """
         if text is None and images is None:
             raise EmmaError("Pass `text`, `images` or both: got neither.")
-        options: dict[str, Any] = dict(kwargs)
-        for name in ("videos", "audio"):
-            if options.pop(name, None):
-                raise EmmaError(f"EMMA reads text and images: got `{name}`. Pass frames of a video as `images`.")
-        text_kwargs, images_kwargs, return_tensors = self._split_kwargs(options)
+        text_kwargs, images_kwargs, return_tensors = self._split_kwargs(dict(kwargs))
         data: dict[str, Any] = {}
         prompts = None if text is None else self._check_prompts(text)
         if prompts is not None:
@@ -202,7 +163,7 @@ class EmmaProcessor(ProcessorMixin):
             replacements = text_kwargs.pop("return_text_replacement_offsets", False)
             data.update(self._tokenize(prompts, expand_spans=replacements, **text_kwargs))
         elif images is not None:
-            images = [image for row in _rows_of(images) for image in row]
+            images = [image for row in rows_of_images(images) for image in row]
             counts = [len(images)]
         rows = self._resolve_instructions(instructions, prompts, counts)
         if images:
@@ -210,12 +171,7 @@ class EmmaProcessor(ProcessorMixin):
         if rows and (images or instructions is not None):
             ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
             data["instruction_input_ids"] = torch.tensor(ids)
-        if return_tensors != "pt":
-            for name in {"pixel_values", "instruction_input_ids"} & data.keys():
-                data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
-        if return_tensors is not None and text is not None:
-            _check_rectangular(data["input_ids"])
-        batch = BatchFeature(data, tensor_type=return_tensors)
+        batch = _as_batch(data, return_tensors)
         if prompts is not None and replacements:
             batch["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in prompts]
         return batch
@@ -231,6 +187,9 @@ class EmmaProcessor(ProcessorMixin):
 
     def _split_kwargs(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str | None]:
         """Keywords of the tokenizer, keywords of the image processor, and `return_tensors`."""
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None):
+                raise EmmaError(f"EMMA reads text and images: got `{name}`. Pass frames of a video as `images`.")
         # The marks of `sanitize_control_tokens` are understood wherever they stand.
         kwargs.pop("sanitize_control_tokens", None)
         merged = self._merge_kwargs(
@@ -322,8 +281,8 @@ class EmmaProcessor(ProcessorMixin):
         if images is None:
             rows = [[] for _ in counts]
         else:
-            rows = _rows_of(images)
-            if len(rows) == 1 and not _is_nested(images):
+            rows = rows_of_images(images)
+            if len(rows) == 1 and not is_nested(images):
                 flat = rows[0]
                 ends = list(accumulate(counts))
                 if len(flat) != ends[-1]:
@@ -367,32 +326,7 @@ class EmmaProcessor(ProcessorMixin):
                     self.tokenizer.eos_token,
                 )
             ]
-        if isinstance(instructions, str):
-            return [instructions] * sum(counts)
-        if not isinstance(instructions, (list, tuple)):
-            raise EmmaError(
-                "`instructions` must be a string, a list of strings or a list of lists of strings: got "
-                f"{type(instructions).__name__}."
-            )
-        if any(isinstance(row, (list, tuple)) for row in instructions):
-            rows = [[row] if isinstance(row, str) else list(row) for row in instructions]
-        elif len(counts) == 1:
-            rows = [list(instructions)]
-            if len(rows[0]) == 1 and counts[0]:
-                rows = [rows[0] * counts[0]]
-        else:
-            rows = [[instruction] * count for instruction, count in zip(instructions, counts)]
-        if len(rows) != len(counts) or (len(instructions) != len(rows) and len(counts) > 1):
-            raise EmmaError(
-                f"`instructions` must have one entry per prompt: got {len(instructions)} for {len(counts)} prompts."
-            )
-        for row, (given, count) in enumerate(zip(rows, counts)):
-            if len(given) != count:
-                raise EmmaError(
-                    f"Each image has one instruction: prompt {row} has {count} images and {len(given)} instructions. "
-                    "Pass one string per image, or one string for all."
-                )
-        return [instruction for row in rows for instruction in row]
+        return instructions_per_image(instructions, counts)
 
     def _tokenize(
         self,
@@ -566,42 +500,18 @@ class EmmaProcessor(ProcessorMixin):
         self.instruction_tokenizer.save_pretrained(second)
         # `AutoTokenizer` looks for a model type beside the files of a tokenizer in a folder of its own.
         (second / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}) + "\n", encoding="utf-8")
-        _make_portable(folder, self.tokenizer)
-        _make_portable(second, self.instruction_tokenizer)
+        make_tokenizer_config_portable(folder, self.tokenizer)
+        make_tokenizer_config_portable(second, self.instruction_tokenizer)
         return files
 
 
-def _make_portable(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer's config so that both supported Transformers versions read the same tokenizer from it.
-
-    5.x drops `legacy` and `add_bos_token`, without which a Llama tokenizer is read as another one, and lists its extra
-    tokens under a name that 4.57 expects to hold a dictionary.
-    """
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    legacy = tokenizer.init_kwargs.get("legacy", vars(tokenizer).get("legacy"))
-    if legacy is not None:
-        # Not what the attributes say, which 5.x does not keep up with the file, but what is done.
-        ids = tokenizer("a")["input_ids"]
-        config["legacy"] = legacy
-        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
-        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    config.pop("auto_map", None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _is_nested(images: Any) -> bool:
-    return isinstance(images, (list, tuple)) and any(isinstance(image, (list, tuple)) for image in images)
-
-
-def _rows_of(images: Any) -> list[list[Any]]:
-    """Images as one list per prompt, or as a single list where they are not grouped."""
-    if _is_nested(images):
-        return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
-    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    return [list(images) if isinstance(images, (list, tuple)) or is_batch else [images]]
+def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
+    if return_tensors != "pt":
+        for name in {"pixel_values", "instruction_input_ids"} & data.keys():
+            data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
+    if return_tensors is not None and "input_ids" in data:
+        _check_rectangular(data["input_ids"])
+    return BatchFeature(data, tensor_type=return_tensors)
 
 
 def _check_rectangular(rows: list[list[int]]) -> None:
@@ -617,7 +527,7 @@ def _padded(values: list, length: int, fill: Any, side: str) -> list:
     return padding + values if side == "left" else values + padding
 
 
-__all__ = ["CHAT_TEMPLATE", "SYSTEM_PROMPT", "EmmaProcessor"]
+__all__ = ["EmmaProcessor"]
 
 pass_keywords_in_pipelines(EmmaProcessor)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from ..conversion.tokenizers import prompt_tokenizer
+from ..model.chat_template_emma import SYSTEM_PROMPT
 from ..model.image_processing_emma import EmmaImageProcessor
-from ..model.processing_emma import SYSTEM_PROMPT, EmmaProcessor
+from ..model.processing_emma import EmmaProcessor
 from .questions import ask_all, caption, caption_question
 from .recipe import INSTRUCTION_MERGES, PROMPT_VOCABULARY, SIDE, VISUAL_TOKENS
 from .rows import TRAIN_SEEDS
