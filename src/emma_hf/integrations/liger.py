@@ -60,17 +60,7 @@ def apply_liger_kernel_to_emma(
     if infer_device() == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise EmmaError("Liger's kernels run on a GPU: there is none here. Leave them out.")
     language_model = emma.model.language_model
-    config = language_model.config
-    if config.model_type not in FAMILIES:
-        raise EmmaError(
-            f"The language model must be of a family whose parts Liger's kernels compute ({', '.join(FAMILIES)}): it "
-            f"has no kernels for {config.model_type!r}. Leave them out."
-        )
-    if swiglu and config.hidden_act not in ("silu", "swish"):
-        raise EmmaError(
-            f"Liger's MLP computes the activation 'silu' only: this language model has {config.hidden_act!r}. Pass "
-            "`swiglu=False`."
-        )
+    _check_language_model(language_model.config, swiglu)
     if fused_linear_cross_entropy:
         _check_head(emma.lm_head)
     if rope:
@@ -113,6 +103,19 @@ def _linear_loss(
     return LigerForCausalLMLoss(
         hidden_states.contiguous(), weight, labels, weight.shape[1], accum_dtype=accum_dtype, **kwargs
     )
+
+
+def _check_language_model(config: Any, swiglu: bool) -> None:
+    if config.model_type not in FAMILIES:
+        raise EmmaError(
+            f"The language model must be of a family whose parts Liger's kernels compute ({', '.join(FAMILIES)}): it "
+            f"has no kernels for {config.model_type!r}. Leave them out."
+        )
+    if swiglu and config.hidden_act not in ("silu", "swish"):
+        raise EmmaError(
+            f"Liger's MLP computes the activation 'silu' only: this language model has {config.hidden_act!r}. Pass "
+            "`swiglu=False`."
+        )
 
 
 def _check_head(head: nn.Module) -> torch.Tensor:
