@@ -108,6 +108,16 @@ def test_half_precision_is_finite_and_as_exact_as_plain_arithmetic(model, cases,
     assert (features.float() - exact).abs().max() <= 2 * (plain.float() - exact).abs().max()
 
 
+def test_double_precision_runs_and_agrees_with_single():
+    single = tiny_model()
+    inputs = tiny_inputs(single, images=(1, 2))
+    double = copy.deepcopy(single).to(torch.float64)
+    with torch.no_grad():
+        logits = double(**inputs).logits
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(single(**inputs).logits, logits.float(), atol=1e-5, rtol=1e-5)
+
+
 # Variants
 
 

@@ -65,11 +65,6 @@ CACHE_NAME = (
 # one that both versions load. Goes with 4.57.
 NESTED_TOWERS = {"vision_tower": "vision_model", "instruction_encoder": "text_model"}
 
-# Transformers 5 maps tied weights to their source, 4.57 lists them. Goes with 4.57.
-TIED_WEIGHTS_KEYS = (
-    {"lm_head.weight": "model.language_model.embed_tokens.weight"} if TRANSFORMERS_5 else ["lm_head.weight"]
-)
-
 # Tensor-parallel plan of the head, renamed in 5. Goes with 4.57.
 HEAD_TP_PLAN = {"lm_head": "colwise_gather_output" if TRANSFORMERS_5 else "colwise_rep"}
 
@@ -96,6 +91,14 @@ def silence_padding_advice(tokenizer: Any) -> None:
     """Keep 4.57 from advising against padding as a step of its own. Goes with 4.57."""
     if not TRANSFORMERS_5:
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+
+def tied_weights_keys(embedding: str) -> dict[str, str] | list[str]:
+    """`_tied_weights_keys` of a head that shares the weight named `embedding`.
+
+    Transformers 5 maps tied weights to their source, 4.57 lists them. Goes with 4.57.
+    """
+    return {"lm_head.weight": embedding} if TRANSFORMERS_5 else ["lm_head.weight"]
 
 
 def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +148,10 @@ def clip_causal_mask(config: Any, hidden_states: torch.Tensor) -> torch.Tensor |
 
         places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         return create_causal_mask(config, hidden_states, None, places, None)
-    from transformers.modeling_attn_mask_utils import _create_4d_causal_attention_mask
-
-    return _create_4d_causal_attention_mask(hidden_states.shape[:2], hidden_states.dtype, hidden_states.device)
+    # Not by Transformers' own function, which cannot make the mask in float64.
+    batch, tokens = hidden_states.shape[:2]
+    lowest = hidden_states.new_full((tokens, tokens), torch.finfo(hidden_states.dtype).min)
+    return lowest.triu(1).expand(batch, 1, tokens, tokens)
 
 
 def register_tower_names(**inner: str) -> None:

@@ -58,6 +58,15 @@ INSTRUCTION_TOKENS_KEPT = {
 }
 
 
+class EmmaInstructionConfig(CLIPTextConfig):
+    """`CLIPTextConfig` that `from_pretrained` reads from the `instruction_config` of a saved [`EmmaConfig`].
+
+    `CLIPTextConfig` itself reads the key `text_config`, which here is the language model's.
+    """
+
+    base_config_key = "instruction_config"
+
+
 # Transformers' `@strict` is for dataclasses, which configs of 4.57 are not; `_validate` checks instead.
 # trf-ignore: TRF010
 class EmmaConfig(PretrainedConfig):
@@ -93,7 +102,7 @@ class EmmaConfig(PretrainedConfig):
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {
         "vision_config": CLIPVisionConfig,
-        "instruction_config": CLIPTextConfig,
+        "instruction_config": EmmaInstructionConfig,
         "text_config": AutoConfig,
     }
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
@@ -116,7 +125,7 @@ class EmmaConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)
-        self.instruction_config = _sub_config(instruction_config, CLIPTextConfig, CLIP_TEXT_DEFAULTS)
+        self.instruction_config = _sub_config(instruction_config, EmmaInstructionConfig, CLIP_TEXT_DEFAULTS)
         self.text_config: PretrainedConfig = _text_config(text_config)
 
         if "image_token_id" in kwargs:

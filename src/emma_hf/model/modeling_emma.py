@@ -40,8 +40,8 @@ from .clip_towers_emma import EmmaInstructionEncoder, EmmaVisionTower
 from .compat_emma import (
     CACHE_NAME,
     HEAD_TP_PLAN,
-    TIED_WEIGHTS_KEYS,
     keep_nested_names_on_save,
+    tied_weights_keys,
     tower_key_mapping,
     unwrap_clip_model,
 )
@@ -567,7 +567,6 @@ class EmmaModel(EmmaPreTrainedModel):
 class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     """EMMA with its language modelling head: answers questions about images."""
 
-    _tied_weights_keys = TIED_WEIGHTS_KEYS
     _tp_plan = HEAD_TP_PLAN
     # Loss from hidden states, head and labels, without logits; `emma_hf.integrations.liger` sets it.
     linear_loss: Callable[..., torch.Tensor] | None = None
@@ -577,6 +576,10 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         self.model = EmmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.generation_config = default_generation_config(config)
+        # The decoder's embedding has a name of its own in each language model: `embed_tokens`, `wte`, `decoder.embed_tokens`.
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = tied_weights_keys(f"{name}.weight")
         self.post_init()
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
