@@ -54,7 +54,9 @@ def test_a_save_keeps_every_value_and_brings_the_code(tmp_path):
 def test_each_part_of_a_saved_config_is_read_by_its_class(tmp_path):
     config = tiny_config()
     config.save_pretrained(tmp_path)
-    read = {name: part.from_pretrained(tmp_path) for name, part in EmmaConfig.sub_configs.items() if name != "text_config"}
+    read = {
+        name: part.from_pretrained(tmp_path) for name, part in EmmaConfig.sub_configs.items() if name != "text_config"
+    }
     assert read["vision_config"].to_dict() == EmmaConfig.from_pretrained(tmp_path).vision_config.to_dict()
     instruction = read["instruction_config"]
     assert instruction.to_dict() == EmmaConfig.from_pretrained(tmp_path).instruction_config.to_dict()

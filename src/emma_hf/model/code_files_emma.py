@@ -20,6 +20,7 @@ HUB_FILES = (
     "fused_alignment.py",
     "fusion_emma.py",
     "image_encoding_emma.py",
+    "language_models_emma.py",
     "loading_emma.py",
     "quantization_emma.py",
 )

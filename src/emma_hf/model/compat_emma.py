@@ -68,6 +68,13 @@ NESTED_TOWERS = {"vision_tower": "vision_model", "instruction_encoder": "text_mo
 # Tensor-parallel plan of the head, renamed in 5. Goes with 4.57.
 HEAD_TP_PLAN = {"lm_head": "colwise_gather_output" if TRANSFORMERS_5 else "colwise_rep"}
 
+# Language models with a cache that `generate` makes for their own classes alone. Goes with 4.57.
+OWN_CACHE = (
+    frozenset()
+    if TRANSFORMERS_5
+    else frozenset(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "qwen3_next", "zamba", "zamba2"))
+)
+
 # Keyword of `TrainingArguments` that takes the warm-up as a share of all steps. Goes with 4.57.
 WARMUP_SHARE = "warmup_steps" if TRANSFORMERS_5 else "warmup_ratio"
 

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PretrainedConfig
 from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import text_config_from_dict, ties_word_embeddings
 from .errors_emma import EmmaError
+from .language_models_emma import check_language_model
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class EmmaConfig(PretrainedConfig):
     Args:
         vision_config: CLIP vision tower, a `CLIPVisionConfig` or its dictionary. Default: ViT-L/14 at 336 pixels.
         instruction_config: CLIP text encoder that reads the instruction, a `CLIPTextConfig` or its dictionary.
-        text_config: language model, any causal language model's config or its dictionary. Default: Vicuna-7B v1.5.
+        text_config: language model, a causal language model's config or its dictionary. Default: Vicuna-7B v1.5.
         image_token_index: id of the `<image>` placeholder, inside the vocabulary. Default: its last id.
             Also readable as `image_token_id`.
         image_seq_length: visual tokens per image. Default: what the vision tower gives.
@@ -95,7 +96,8 @@ class EmmaConfig(PretrainedConfig):
             `"auto"` (the kernels on CUDA where they can run, else eager).
 
     Raises:
-        EmmaError: a value outside its choices, or token counts that disagree with the towers.
+        EmmaError: a value outside its choices, or token counts that disagree with the towers, or a language model that
+            is more than a decoder and a matrix.
     """
 
     model_type = "emma"
@@ -127,6 +129,7 @@ class EmmaConfig(PretrainedConfig):
         self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)
         self.instruction_config = _sub_config(instruction_config, EmmaInstructionConfig, CLIP_TEXT_DEFAULTS)
         self.text_config: PretrainedConfig = _text_config(text_config)
+        check_language_model(self.text_config)
 
         if "image_token_id" in kwargs:
             image_token_index = kwargs.pop("image_token_id")

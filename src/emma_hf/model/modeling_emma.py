@@ -576,7 +576,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         self.model = EmmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.generation_config = default_generation_config(config)
-        # The decoder's embedding has a name of its own in each language model: `embed_tokens`, `wte`, `decoder.embed_tokens`.
+        # Language models name their embedding differently: `embed_tokens`, `wte`, `decoder.embed_tokens`.
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = tied_weights_keys(f"{name}.weight")
