@@ -23,6 +23,9 @@ from transformers import TextIteratorStreamer
 from emma_hf import EMMA_TINY
 from emma_hf.inference import load_model
 from emma_hf.model.instruction_emma import encode_instruction, instructions_from_messages
+from emma_hf.serving import Limits, RequestError
+from emma_hf.serving.images import decode_image, open_image
+from emma_hf.serving.limits import PAGE_FILE_MEGABYTES, PAGE_QUESTION_CHARACTERS, PAGE_UPLOAD
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.scenes import Scene
 
@@ -34,10 +37,8 @@ EXAMPLE_QUESTIONS = (
     "What colour is the star?",
     "Describe the picture.",
 )
-# Megabytes. Larger files never reach Pillow.
-LARGEST_FILE = 20
-# Larger ones never reach the disk: Gradio drops them, without a word to the visitor.
-LARGEST_UPLOAD = "200mb"
+# HTTP's status for what has too many bytes or pixels.
+TOO_LARGE = 413
 
 TITLE = "Ask EMMA about a picture"
 INTRODUCTION = f"""# {TITLE}
@@ -47,7 +48,25 @@ TINY = "This is **emma-tiny**, a small model that knows drawn shapes and nothing
 CSS = """
 .gradio-container {max-width: 1120px !important; margin: auto !important}
 #introduction h1 {margin: 0.2em 0}
+#entry {flex-wrap: nowrap}
+#entry button, #questions button {white-space: nowrap}
+#marked * {word-break: normal; overflow-wrap: break-word}
+/* A phone shows image, conversation and question at once, and the choice that few make at the end. */
+@media (max-width: 640px) {
+    #introduction h1 {font-size: 1.3em}
+    #introduction p {font-size: 0.85em; line-height: 1.35}
+    #page {flex-direction: column; gap: 8px !important}
+    #page > div {display: contents}
+    #turn, :has(> #turn) {order: 1}
+    #picture {height: 190px !important; min-height: 0 !important}
+    #pictures .gallery {gap: 5px}
+    #pictures .gallery-item, #pictures .gallery .container {width: 35px; height: 35px}
+    #pictures .label {display: none}
+    #talk {height: 270px !important}
+}
 """
+# The conversation is where the visitor looks next, wherever the page was scrolled to.
+SHOW_TALK = "() => document.querySelector('#talk').scrollIntoView({block: 'nearest'})"
 
 
 class Chat:
@@ -67,17 +86,17 @@ class Chat:
         """
         path, name = picture["path"], picture.get("orig_name") or "The file"
         megabytes = os.path.getsize(path) / 1e6
-        if megabytes > LARGEST_FILE:
-            raise ValueError(f"{name!r} has {megabytes:.0f} MB, more than {LARGEST_FILE}. Make it smaller first.")
+        if megabytes > PAGE_FILE_MEGABYTES:
+            raise ValueError(
+                f"{name!r} has {megabytes:.0f} MB, more than {PAGE_FILE_MEGABYTES}. Make it smaller first."
+            )
         try:
-            image = self.processor.image_processor.fetch_images(path)
-            self.processor.image_processor(image)
-        except (ValueError, FileNotFoundError) as error:
-            if isinstance(error.__cause__, Image.DecompressionBombError):
+            # Where the server keeps the file is nobody's business, and is not in these errors.
+            return decode_image(open_image(path, Limits()))
+        except RequestError as error:
+            if error.status == TOO_LARGE:
                 raise ValueError(f"{name!r} has too many pixels for this page. Make it smaller first.") from error
-            # Where the server keeps it is nobody's business.
-            raise ValueError(str(error).replace(str(path), name)) from error
-        return image
+            raise ValueError(f"{name!r} cannot be shown. {error}") from error
 
     def answer(
         self,
@@ -185,10 +204,15 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
     def ask(question, picture, conversation, turn):
         try:
             check_uploaded(picture)
-            for grown in chat.answer(question, picture, conversation, turn):
-                yield "", _shown(grown), grown["marked"], grown
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        try:
+            for grown in chat.answer(question, picture, conversation, turn):
+                yield "", _shown(grown), grown["marked"], grown, *running
+        except ValueError as error:
+            # An error would also be written into each part of the page.
+            gr.Warning(str(error))
+            yield [gr.skip()] * 6
 
     def check(picture):
         try:
@@ -204,10 +228,14 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
         kept = picture is not None and conversation is not None and picture["path"] == conversation["picture"]
         return [gr.skip()] * 3 if kept else ([], [], None)
 
+    # Of the buttons Ask and Stop, the one that can do something.
+    running = gr.update(visible=False), gr.update(visible=True)
+    idle = gr.update(visible=True), gr.update(visible=False)
+
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         conversation = gr.State()
         gr.Markdown(f"{INTRODUCTION} {note}", elem_id="introduction")
-        with gr.Row():
+        with gr.Row(elem_id="page"):
             with gr.Column(scale=2, min_width=300):
                 # The file itself is read, by the processor: what Gradio makes of a broken one says little.
                 picture = gr.Image(
@@ -224,23 +252,28 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
                     label="Conversation", height=330, elem_id="talk", buttons=[], latex_delimiters=[],
                     placeholder="Choose a picture, then ask about it.",
                 )  # fmt: skip
+                with gr.Row(equal_height=True, elem_id="entry"):
+                    # Not focused at first: that would scroll a phone past the picture.
+                    question = gr.Textbox(
+                        placeholder="Ask about the picture", show_label=False, container=False, scale=6, max_lines=4,
+                        max_length=PAGE_QUESTION_CHARACTERS, min_width=120, elem_id="question",
+                    )  # fmt: skip
+                    send = gr.Button("Ask", variant="primary", scale=1, min_width=70, elem_id="ask")
+                    stop = gr.Button("Stop", scale=1, min_width=70, elem_id="stop", visible=False)
+                gr.Examples([[text] for text in EXAMPLE_QUESTIONS], question, label="Questions", elem_id="questions")
                 marked = gr.HighlightedText(
                     label="What guided the picture", color_map={"instruction": "green"}, elem_id="marked",
                     combine_adjacent=True, show_whitespaces=False,
                 )  # fmt: skip
-                with gr.Row(equal_height=True):
-                    question = gr.Textbox(
-                        placeholder="Ask about the picture", show_label=False, container=False, scale=6, max_lines=4,
-                        max_length=2000, autofocus=True, elem_id="question",
-                    )  # fmt: skip
-                    send = gr.Button("Ask", variant="primary", scale=1, min_width=70, elem_id="ask")
-                    stop = gr.Button("Stop", scale=1, min_width=70, elem_id="stop")
-                gr.Examples([[text] for text in EXAMPLE_QUESTIONS], question, label="Questions", elem_id="questions")
+        buttons = [send, stop]
         asking = gr.on(
             [question.submit, send.click], ask, [question, picture, conversation, turn],
-            [question, talk, marked, conversation], preprocess=False, show_progress="hidden", api_name="ask",
+            [question, talk, marked, conversation, *buttons], preprocess=False, show_progress="hidden", api_name="ask",
         )  # fmt: skip
-        stop.click(None, cancels=[asking])
+        gr.on([question.submit, send.click], None, js=SHOW_TALK, api_name=False)
+        # Also after an error.
+        asking.then(lambda: idle, None, buttons, show_progress="hidden", api_name=False)
+        stop.click(lambda: idle, None, buttons, cancels=[asking], show_progress="hidden", api_name=False)
         picture.input(check, picture, picture, preprocess=False, show_progress="hidden", api_name="check")
         parts = [talk, marked, conversation]
         picture.change(begin, [picture, conversation], parts, preprocess=False, show_progress="hidden", api_name=False)
@@ -253,7 +286,7 @@ def serve(chat: Chat, note: str = "", **options: Any) -> gr.Blocks:
     blocks = page(chat, note)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Soft(primary_hue="emerald", font=font, font_mono=["monospace"])
-    blocks.launch(theme=theme, css=CSS, max_file_size=LARGEST_UPLOAD, footer_links=["api"], **options)
+    blocks.launch(theme=theme, css=CSS, max_file_size=PAGE_UPLOAD, footer_links=["api"], **options)
     return blocks
 
 

@@ -24,11 +24,17 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import pyarrow
 import ray
 import torch
+from PIL import Image
 from pyarrow import csv, parquet
 
 from emma_hf import EMMA_TINY
 from emma_hf.inference import load_model
+from emma_hf.model.instruction_emma import instructions_from_messages
+from emma_hf.serving import Limits
+from emma_hf.serving.images import decode_image, open_image, read_urls
 
+# The table may hold images of strangers. Their URLs are fetched: who runs this chose the table.
+LIMITS = Limits(remote_pictures=True)
 READERS = {".csv": ray.data.read_csv, ".jsonl": ray.data.read_json, ".parquet": ray.data.read_parquet}
 
 
@@ -73,11 +79,13 @@ class Answerer:
             raise ValueError("There is no picture: `image` is empty.")
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"`question` must be words: got {question!r}.")
-        if isinstance(image, str) and (self.image_folder / image[:1000]).is_file():
-            image = self.image_folder / image
-        content = [{"type": "image"}, {"type": "text", "text": question.strip()}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = self.processor(images=[image], text=prompt)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.strip()}]}
+        # The instruction is the question itself: in a rendered prompt, a word of it could pass for a role.
+        inputs = self.processor(
+            images=[self._read_image(image)],
+            text=self.processor.apply_chat_template([message], add_generation_prompt=True),
+            instructions=instructions_from_messages([message]),
+        )
         length = len(inputs["input_ids"][0])
         positions = self.model.config.text_config.max_position_embeddings
         if length + self.max_new_tokens > positions:
@@ -86,6 +94,19 @@ class Answerer:
                 f"{self.max_new_tokens} for the answer. Shorten the question, or lower `--max-new-tokens`."
             )
         return inputs
+
+    def _read_image(self, image: str | bytes) -> Image.Image:
+        """The image of a row, checked as those of strangers are."""
+        source: bytes | Path
+        if isinstance(image, bytes):
+            source = image
+        elif image.lower().startswith(("data:", "http://", "https://")):
+            (source,) = read_urls([image], LIMITS)
+        else:
+            source = self.image_folder / image
+            if not source.is_file():
+                raise ValueError(f"There is no picture at {image[:200]!r}. Give a path, a URL or a data URL.")
+        return decode_image(open_image(source, LIMITS))
 
     def _answer(self, rows: list[dict[str, Any]]) -> list[str]:
         tokenizer = self.processor.tokenizer

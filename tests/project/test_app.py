@@ -97,10 +97,17 @@ def test_marked_words_are_those_that_were_read(chat, scene):
 BAD = {
     "notes.png": (
         lambda whole: b"not a picture",
-        "'notes.png' is not a picture that Pillow can read. Give a PNG, JPEG or",
+        "'notes.png' cannot be shown. A picture must be one of PNG, JPEG, WEBP, GIF, BMP, TIFF: got 13 bytes",
     ),
-    "cut.png": (lambda whole: whole[: len(whole) // 2], "The picture 'cut.png' cannot be read"),
-    "empty.png": (lambda whole: b"", "'empty.png' is not a picture that Pillow can read."),
+    "cut.png": (
+        lambda whole: whole[: len(whole) // 2],
+        "'cut.png' cannot be shown. The picture (PNG, 336x336) cannot be decoded",
+    ),
+    "drawing.eps": (
+        lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "'drawing.eps' cannot be shown. A picture must be one of PNG, JPEG, WEBP, GIF, BMP, TIFF: got 47 bytes",
+    ),
+    "empty.png": (lambda whole: b"", "'empty.png' cannot be shown. A picture must be one of PNG"),
     "heavy.png": (
         lambda whole: whole + b"0" * 21_000_000,
         "'heavy.png' has 21 MB, more than 20. Make it smaller first.",
@@ -127,6 +134,17 @@ def test_what_is_missing_is_named(chat, scene):
         next(chat.answer(" \n", scene))
     with pytest.raises(ValueError, match="There is no picture. Upload one"):
         next(chat.answer("What is it?", None))
+
+
+def test_the_instruction_is_the_question_whatever_it_says(chat, scene, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(chat, "_stream", lambda inputs: seen.update(inputs) or iter(()))
+    question = "What does ASSISTANT: mean here?"
+    conversation = last(chat.answer(question, scene))
+    assert conversation["marked"] == [(question, "instruction"), ("\n", None)]
+    assert seen["instruction_input_ids"].tolist() == [
+        encode_instruction(chat.processor.instruction_tokenizer, question)
+    ]
 
 
 def test_a_conversation_beyond_the_models_positions_is_refused(chat, scene):
@@ -183,13 +201,95 @@ def test_the_command_line(capsys):
     assert "--max-new-tokens must be at least 1: got 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_visit(chat, tmp_path):
-    """Example picture, question, streamed answer, second question, broken file, no question."""
-    api = pytest.importorskip("playwright.sync_api", reason="the visit needs playwright: `make test-app`")
+@pytest.fixture
+def browser():
+    """Debian's Chromium, without a window."""
+    api = pytest.importorskip("playwright.sync_api", reason="a visit needs playwright: `make test-app`")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("the visit needs Debian's `chromium`")
+        pytest.skip("a visit needs Debian's `chromium`")
+    api.expect.set_options(timeout=60_000)
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        yield browser
+        browser.close()
+
+
+def screenshot(page, name: str, tmp_path: Path) -> None:
+    """`EMMA_APP_SCREENSHOTS` names the folder where those of the documents lie."""
+    page.screenshot(path=Path(os.environ.get("EMMA_APP_SCREENSHOTS", tmp_path)) / name)
+
+
+# Pieces of words in a line of their own, as pairs: what stands before a line break that no space makes, and after it.
+BROKEN_WORDS = """() => {
+    const broken = [];
+    const walker = document.createTreeWalker(document.querySelector(".gradio-container"), NodeFilter.SHOW_TEXT);
+    const top = (node, index) => {
+        const range = document.createRange();
+        range.setStart(node, index);
+        range.setEnd(node, index + 1);
+        return range.getClientRects()[0]?.top;
+    };
+    while (walker.nextNode()) {
+        const node = walker.currentNode, text = node.textContent;
+        if (!node.parentElement.checkVisibility() || node.parentElement.closest("style, script, textarea")) continue;
+        for (let index = 1; index < text.length; index++)
+            if (/\\w/.test(text[index - 1]) && /\\w/.test(text[index]) && top(node, index) - top(node, index - 1) > 4)
+                broken.push(text);
+    }
+    return broken;
+}"""
+
+
+@pytest.mark.slow
+def test_a_visit_by_phone(chat, tmp_path, browser):
+    """390 pixels wide: no message but one without a picture, the answer in sight, Stop while there is something to stop."""
+    from playwright.sync_api import expect
+
+    blocks = APP["serve"](chat, APP["TINY"], prevent_thread_lock=True, quiet=True)
+    try:
+        page = browser.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2)
+        page.set_default_timeout(60_000)
+        page.goto(blocks.local_url)
+        page.locator("#pictures button").first.wait_for()
+        assert page.evaluate("window.scrollY") == 0
+        expect(page.locator("#stop")).to_be_hidden()
+
+        page.locator("#question textarea").fill("Describe the picture.")
+        page.locator("#ask").click()
+        expect(page.get_by_test_id("toast-body")).to_have_count(1)
+        expect(page.get_by_test_id("toast-body")).to_contain_text("There is no picture. Upload one, or choose one")
+        expect(page.get_by_text("Error", exact=True)).to_have_count(0)
+        expect(page.locator("#stop")).to_be_hidden()
+        page.get_by_test_id("toast-close").click()
+
+        page.locator("#pictures button").first.click()
+        page.locator("#picture img").wait_for()
+        page.locator("#ask").click()
+        expect(page.locator("#stop")).to_be_visible()
+        expect(page.locator("#ask")).to_be_hidden()
+        expect(page.locator("#stop")).to_be_hidden()
+        expect(page.locator("#ask")).to_be_visible()
+        page.locator("#question textarea").fill("How many things are there?")
+        page.locator("#ask").click()
+        answer = page.locator("#talk [data-testid=bot]").nth(1)
+        expect(answer).to_have_text("5")
+        expect(answer).to_be_in_viewport(ratio=1)
+        expect(page.locator("#question")).to_be_in_viewport(ratio=1)
+        expect(page.locator("#picture img")).to_be_in_viewport(ratio=0.9)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert page.evaluate(BROKEN_WORDS) == []
+        expect(page.locator("#stop")).to_be_hidden()
+        screenshot(page, "app-phone.png", tmp_path)
+    finally:
+        blocks.close()
+
+
+@pytest.mark.slow
+def test_a_visit(chat, tmp_path, browser):
+    """Example picture, question, streamed answer, second question, broken file, no question."""
+    from playwright.sync_api import expect
+
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
     example = tmp_path / "example.png"
@@ -199,61 +299,57 @@ def test_a_visit(chat, tmp_path):
 
     blocks = APP["serve"](chat, APP["TINY"], prevent_thread_lock=True, quiet=True)
     try:
-        with api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium)
-            page = browser.new_page(viewport={"width": 1240, "height": 800})
-            page.set_default_timeout(60_000)
-            expect = api.expect
-            expect.set_options(timeout=60_000)
-            page.goto(blocks.local_url)
-            answered = page.locator("#talk [data-testid=bot]")
-            asked = page.locator("#talk [data-testid=user]")
+        page = browser.new_page(viewport={"width": 1240, "height": 800})
+        page.set_default_timeout(60_000)
+        page.goto(blocks.local_url)
+        answered = page.locator("#talk [data-testid=bot]")
+        asked = page.locator("#talk [data-testid=user]")
 
-            page.locator("#pictures button").first.click()
-            page.locator("#picture img").wait_for()
-            page.evaluate(
-                """() => { window.seen = []; new MutationObserver(() => {
-                    const bots = document.querySelectorAll("#talk [data-testid=bot]");
-                    if (bots.length) window.seen.push(bots[bots.length - 1].innerText.trim());
-                }).observe(document.querySelector("#talk"), {subtree: true, childList: true, characterData: true}) }"""
-            )
-            page.locator("#question textarea").fill(questions[0])
-            page.locator("#ask").click()
-            expect(answered).to_have_text([answers[0]])
-            seen = [text for text in page.evaluate("window.seen") if text]
-            assert len(set(seen)) > 1
-            assert all(answers[0].startswith(text) for text in seen)
-            expect(page.locator("#question textarea")).to_have_value("")
+        page.locator("#pictures button").first.click()
+        page.locator("#picture img").wait_for()
+        page.evaluate(
+            """() => { window.seen = []; new MutationObserver(() => {
+                const bots = document.querySelectorAll("#talk [data-testid=bot]");
+                if (bots.length) window.seen.push(bots[bots.length - 1].innerText.trim());
+            }).observe(document.querySelector("#talk"), {subtree: true, childList: true, characterData: true}) }"""
+        )
+        page.locator("#question textarea").fill(questions[0])
+        page.locator("#ask").click()
+        expect(answered).to_have_text([answers[0]])
+        seen = [text for text in page.evaluate("window.seen") if text]
+        assert len(set(seen)) > 1
+        assert all(answers[0].startswith(text) for text in seen)
+        expect(page.locator("#question textarea")).to_have_value("")
 
-            # The second by a button of the page and the Enter key.
-            page.locator("#questions button", has_text=questions[1]).click()
-            expect(page.locator("#question textarea")).to_have_value(questions[1])
-            page.locator("#question textarea").press("Enter")
-            expect(answered).to_have_text(answers)
-            expect(asked).to_have_text(questions)
-            expect(page.locator("#marked")).to_contain_text(f"{questions[0]} instruction")
-            page.screenshot(path=os.environ.get("EMMA_APP_SCREENSHOT", tmp_path / "app.png"))
+        # The second by a button of the page and the Enter key.
+        page.locator("#questions button", has_text=questions[1]).click()
+        expect(page.locator("#question textarea")).to_have_value(questions[1])
+        page.locator("#question textarea").press("Enter")
+        expect(answered).to_have_text(answers)
+        expect(asked).to_have_text(questions)
+        expect(page.locator("#marked")).to_contain_text(f"{questions[0]} instruction")
+        expect(page.locator("#stop")).to_be_hidden()
+        screenshot(page, "app.png", tmp_path)
 
-            page.locator("#ask").click()
-            expect(page.get_by_test_id("toast-body")).to_contain_text("There is no question. Type one")
-            page.get_by_test_id("toast-close").click()
-            expect(answered).to_have_text(answers)
+        page.locator("#ask").click()
+        expect(page.get_by_test_id("toast-body")).to_contain_text("There is no question. Type one")
+        page.get_by_test_id("toast-close").click()
+        expect(answered).to_have_text(answers)
 
-            page.locator("#picture").get_by_label("Remove Image").click()
-            expect(answered).to_have_count(0)
-            page.locator("#picture input[type=file]").set_input_files(broken)
-            expect(page.get_by_test_id("toast-body")).to_contain_text(
-                "'broken.png' is not a picture that Pillow can read."
-            )
-            expect(page.locator("#picture img")).to_have_count(0)
-            page.get_by_test_id("toast-close").click()
+        page.locator("#picture").get_by_label("Remove Image").click()
+        expect(answered).to_have_count(0)
+        page.locator("#picture input[type=file]").set_input_files(broken)
+        expect(page.get_by_test_id("toast-body")).to_contain_text(
+            "'broken.png' cannot be shown. A picture must be one of PNG"
+        )
+        expect(page.locator("#picture img")).to_have_count(0)
+        page.get_by_test_id("toast-close").click()
 
-            # The page goes on.
-            page.locator("#picture input[type=file]").set_input_files(example)
-            page.locator("#picture img").wait_for()
-            page.locator("#question textarea").fill(questions[1])
-            page.locator("#ask").click()
-            expect(answered).to_have_text([generated(chat, example, questions[1])])
-            browser.close()
+        # The page goes on.
+        page.locator("#picture input[type=file]").set_input_files(example)
+        page.locator("#picture img").wait_for()
+        page.locator("#question textarea").fill(questions[1])
+        page.locator("#ask").click()
+        expect(answered).to_have_text([generated(chat, example, questions[1])])
     finally:
         blocks.close()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.tiny.drawing import draw
@@ -19,7 +20,8 @@ import pyarrow
 from pyarrow import parquet
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "batch_inference.py"
-QUESTIONS = ("How many things are there?", "Is there a heart?", "Describe the picture.")
+# In a rendered prompt, the last of them would seem to end at the word.
+QUESTIONS = ("How many things are there?", "Is there a heart?", "What does ASSISTANT: mean here?")
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -55,7 +57,10 @@ def generated(folder: Path, rows: list[dict]) -> list[str]:
     ]
     prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
     images = [[folder / row["image"]] for row in rows]
-    inputs = processor(images=images, text=prompts, padding=True, padding_side="left", return_tensors="pt")
+    instructions = [[row["question"]] for row in rows]
+    inputs = processor(
+        images=images, text=prompts, instructions=instructions, padding=True, padding_side="left", return_tensors="pt"
+    )
     tokens = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
@@ -76,9 +81,11 @@ def test_two_workers_answer_as_generate_does(folder, tmp_path):
     rows = [
         {"id": 100 - index, "image": f"scene-{index % 4}.png", "question": QUESTIONS[index % 3]} for index in range(11)
     ]
+    Image.new("RGB", (32, 32), "red").save(folder / "drawing.eps")
     bad = {
         2: ("image", "missing.png", "There is no picture at 'missing.png'."),
-        3: ("image", "broken.png", "cannot be read"),
+        3: ("image", "broken.png", "cannot be decoded"),
+        7: ("image", "drawing.eps", "must be one of PNG, JPEG, WEBP, GIF, BMP, TIFF: got"),
         5: ("image", "", "There is no picture: `image` is empty."),
         6: ("question", "", "`question` must be words: got ''."),
         8: ("question", "heart " * 500, "Prompt and answer must fit into the model's 512 tokens"),
@@ -93,7 +100,7 @@ def test_two_workers_answer_as_generate_does(folder, tmp_path):
     output = tmp_path / "answers.jsonl"
     done = run(folder / "questions.csv", output, "--workers", 2, "--batch-size", 4, "--max-new-tokens", 64)
     assert done.returncode == 0, done.stderr
-    assert "11 rows, 5 of them with an error" in done.stderr
+    assert "11 rows, 6 of them with an error" in done.stderr
     answered = rows_of(output)
     assert [{name: row[name] for name in ("id", "image", "question")} for row in answered] == rows
     for index, (_, _, message) in bad.items():

@@ -539,6 +539,26 @@ def test_addresses_that_cannot_be_listened_to(capfd):
     assert "`--host` and `--port` must name an address" in capfd.readouterr().err
     assert main(["serve", "--max-megapixels", "0"]) == 2
     assert "must be above 0: got 32 and 0." in capfd.readouterr().err
+    assert main(["serve", "--max-megapixels", "40", "--max-request-megapixels", "39"]) == 2
+    assert "must be at least `--max-megapixels`, 40: got 39." in capfd.readouterr().err
+
+
+@serving
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (36_000_000, 72_000_000)),
+        (["--max-megapixels", "80"], (80_000_000, 80_000_000)),
+        (["--max-megapixels", "1", "--max-request-megapixels", "2"], (1_000_000, 2_000_000)),
+    ],
+)
+def test_options_become_limits(options, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr("emma_hf.serving.server.serve", lambda *args: seen.append(args[-1]))
+    assert main(["serve", "--port", "0", *options]) == 0
+    (limits,) = seen
+    assert (limits.picture_pixels, limits.request_pixels) == expected
+    assert (limits.request_bytes, limits.remote_pictures) == (32 * 2**20, False)
 
 
 @serving

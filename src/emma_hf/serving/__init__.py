@@ -1,5 +1,6 @@
 """An OpenAI-compatible server for one EMMA (`emma-hf serve`), and the limits for what strangers send."""
 
+from importlib import import_module
 from typing import Any
 
 from .errors import RequestError
@@ -12,6 +13,4 @@ def __getattr__(name: str) -> Any:
     # The server needs Transformers 5 and FastAPI; limits and requests do not.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import server
-
-    return getattr(server, name)
+    return getattr(import_module(f"{__name__}.server"), name)

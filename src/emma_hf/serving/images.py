@@ -103,7 +103,7 @@ def open_image(source: bytes | str | Path, limits: Limits) -> Image.Image:
 
 
 def decode_image(image: Image.Image) -> Image.Image:
-    """Decode an image that `open_image` opened, and turn it upright.
+    """Decode an image that `open_image` opened, turn it upright, and return it.
 
     Raises:
         RequestError: a broken file.
@@ -111,7 +111,9 @@ def decode_image(image: Image.Image) -> Image.Image:
     what = f"{image.format}, {image.width}x{image.height}"
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
+        # Large images are not copied where nothing is to be turned.
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except Exception as error:
         raise _broken(what, error) from error
 

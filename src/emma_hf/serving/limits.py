@@ -33,7 +33,8 @@ HANDLER_PARAMETERS: dict[str, tuple[type, float, float]] = {
     "top_k": (int, 1, 1_000_000),
     "top_p": (float, 0.01, 1),
 }
-# The chat page: megabytes of a file that Pillow gets to see, what Gradio writes to its disk at most, and a question.
+# The chat page: megabytes of a file that Pillow gets to see, the size from which Gradio drops a file without a word to
+# the visitor, and the length of a question.
 PAGE_FILE_MEGABYTES = 20
 PAGE_UPLOAD = "200mb"
 PAGE_QUESTION_CHARACTERS = 2000

@@ -34,6 +34,8 @@ class ClientMiddleware:
             size += len(part)
             if size <= self._limit:
                 body += part
+            else:
+                body.clear()
         if size > self._limit:
             text = f"A request may have at most {self._limit} bytes: got more. Send smaller pictures."
             await JSONResponse(error_object(text, 413), status_code=413)(scope, receive, send)

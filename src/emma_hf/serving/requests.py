@@ -184,34 +184,37 @@ def _read_messages(messages: Any, max_positions: int) -> list[dict[str, Any]]:
         raise RequestError(
             f"`messages` must be a list of at least one message: got {shown(messages)}.", param="messages"
         )
+    _check_count(len(messages), "messages", max_positions, max_positions)
     result: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        role, content = _read_message(message, f"messages[{number}]", all(each["role"] == "system" for each in result))
+        is_leading = not result or result[-1]["role"] == "system"
+        role, content = _read_message(message, f"messages[{number}]", is_leading)
         if role == "system" and result:
             # The model knows one system prompt, in front.
-            content = [*result.pop()["content"], {"type": "text", "text": "\n\n"}, *content]
-        result.append({"role": role, "content": content})
+            result[0]["content"] += [{"type": "text", "text": "\n\n"}, *content]
+        else:
+            result.append({"role": role, "content": content})
     if result[-1]["role"] != "user":
         raise RequestError(
             f"The last message must be the user's: got one with role {result[-1]['role']!r}.", param="messages"
         )
     parts = [part for message in result for part in message["content"]]
-    # Each message and each part costs time before the prompt is known to be too long.
-    texts = sum(len(part.get("text", "")) for part in parts)
-    for count, most, what in (
-        (len(result), max_positions, "messages"),
-        (len(parts), max_positions, "parts"),
-        (texts, max_positions * CHARACTERS_PER_POSITION, "characters"),
-    ):
-        if count > most:
-            raise RequestError(
-                f"This model's maximum context length is {max_positions} tokens, and a conversation may have at most "
-                f"{most} {what}: got {count}. Shorten it.",
-                400,
-                "context_length_exceeded",
-                "messages",
-            )
+    _check_count(len(parts), "parts", max_positions, max_positions)
+    characters = sum(len(part.get("text", "")) for part in parts)
+    _check_count(characters, "characters", max_positions * CHARACTERS_PER_POSITION, max_positions)
     return result
+
+
+def _check_count(count: int, what: str, most: int, max_positions: int) -> None:
+    """Refuse what cannot fit before it costs time."""
+    if count > most:
+        raise RequestError(
+            f"This model's maximum context length is {max_positions} tokens, and a conversation may have at most "
+            f"{most} {what}: got {count}. Shorten it.",
+            400,
+            "context_length_exceeded",
+            "messages",
+        )
 
 
 def _read_message(message: Any, field: str, is_leading: bool) -> tuple[str, list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -177,11 +178,16 @@ class _ChatHandler(ChatCompletionHandler):
         self._name = manager.force_model
         self._model, self._processor = model, processor
         self._positions = model.config.get_text_config().max_position_embeddings
-        self._preparing = threading.Lock()
+        # One thread, because decoded images are large, because each thread keeps memory of its own for the next, and
+        # because fast tokenizers are not made for several threads at once.
+        self._preparer = ThreadPoolExecutor(1, "prepare")
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         try:
-            request, inputs = await asyncio.to_thread(self._prepare, body)
+            request = await asyncio.to_thread(self._read, body)
+            # Neither the encoded nor the decoded images are needed while the answer waits for its turn.
+            body.clear()
+            inputs = await asyncio.get_running_loop().run_in_executor(self._preparer, self._prepare, request)
             length = inputs["input_ids"].shape[1]
             config = self._generation_config(request, length)
             inputs["logits_processor"] = LogitsProcessorList([_CancelAndSeedProcessor(client_gone.get(), request.seed)])
@@ -200,33 +206,34 @@ class _ChatHandler(ChatCompletionHandler):
             # Left to the server, it would also cut the connection.
             return JSONResponse(_internal_error(error), status_code=500)
 
-    def _prepare(self, body: dict) -> tuple[ChatRequest, Any]:
+    def _read(self, body: dict) -> ChatRequest:
         max_images = (self._positions - 1) // self._processor.image_seq_length
-        request = read_request(body, self._name, self._limits, max_images, self._positions)
+        return read_request(body, self._name, self._limits, max_images, self._positions)
+
+    def _prepare(self, request: ChatRequest) -> Any:
+        """The arguments of `generate` for a request, whose messages are gone afterwards."""
         options: dict[str, Any] = {} if request.instructions is None else {"instructions": request.instructions}
-        # One at a time: decoded images are large, and fast tokenizers are not made for several threads at once.
-        with self._preparing:
+        try:
             request.decode_images()
-            try:
-                inputs = self._processor.apply_chat_template(
-                    request.messages,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    **options,
-                )
-            except ValueError as error:
-                raise RequestError(str(error), param="messages") from error
-            finally:
-                # The answer may wait long for its turn, and needs neither.
-                body.clear()
-                request.messages.clear()
-            inputs = inputs.to(self._model.device, self._model.dtype)
-            if request.stop:
-                criterion = StopStringCriteria(self._processor.tokenizer, list(request.stop))
-                inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
-        return request, inputs
+            inputs = self._processor.apply_chat_template(
+                request.messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                **options,
+            )
+        except RequestError:
+            raise
+        except ValueError as error:
+            raise RequestError(str(error), param="messages") from error
+        finally:
+            request.messages.clear()
+        inputs = inputs.to(self._model.device, self._model.dtype)
+        if request.stop:
+            criterion = StopStringCriteria(self._processor.tokenizer, list(request.stop))
+            inputs["stopping_criteria"] = StoppingCriteriaList([criterion])
+        return inputs
 
     def _generation_config(self, request: ChatRequest, length: int) -> Any:
         """The model's own, with what the request says, for a prompt of `length` tokens."""

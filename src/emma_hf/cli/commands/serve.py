@@ -21,6 +21,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--max-megabytes", type=float, default=32, metavar="N", help="largest request (default: 32)")
     parser.add_argument("--max-megapixels", type=float, default=36, metavar="N", help="largest image (default: 36)")
     parser.add_argument(
+        "--max-request-megapixels",
+        type=float,
+        metavar="N",
+        help="all images of a request together (default: 72, or --max-megapixels where that is more)",
+    )
+    parser.add_argument(
         "--remote-pictures",
         action="store_true",
         help="fetch http(s) URLs of clients; only where no host behind the firewall must be protected",
@@ -34,15 +40,25 @@ def _check(args: argparse.Namespace) -> None:
             f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "
             f"{args.max_megapixels:g}."
         )
+    if args.max_request_megapixels is not None and args.max_request_megapixels < args.max_megapixels:
+        raise EmmaError(
+            f"`--max-request-megapixels` must be at least `--max-megapixels`, {args.max_megapixels:g}: got "
+            f"{args.max_request_megapixels:g}."
+        )
     check_loading_arguments(args)
 
 
 def _serve(args: argparse.Namespace) -> None:
     from ...inference import load_model
-    from ...serving.requests import Limits
-    from ...serving.server import listen, serve
+    from ...serving import Limits, listen, serve
 
-    limits = Limits(int(args.max_megabytes * 2**20), int(args.max_megapixels * 1e6), args.remote_pictures)
+    image_pixels = int(args.max_megapixels * 1e6)
+    limits = Limits(
+        request_bytes=int(args.max_megabytes * 2**20),
+        picture_pixels=image_pixels,
+        remote_pictures=args.remote_pictures,
+        request_pixels=int((args.max_request_megapixels or 0) * 1e6) or max(Limits.request_pixels, image_pixels),
+    )
     name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     # Before the weights, which take long: a port in use is reported at once.
     with listen(args.host, args.port) as listener:
