@@ -1,6 +1,6 @@
 """Datasets of training rows, in LLaVA's format or as chat messages, with the authors' labels and instructions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -235,12 +235,12 @@ class ChatDataset(TrainingDataset):
     def __init__(
         self, rows: Any, processor: EmmaProcessor, template: str = "vicuna_v1", on_error: str = "raise"
     ) -> None:
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        if not isinstance(rows, Sized) or not hasattr(rows, "__getitem__"):
             raise EmmaError(
                 f"`rows` must have a length and rows by number: got {type(rows).__name__}. Load the dataset without "
                 "`streaming=True`."
             )
-        self.rows = rows
+        self.rows: Any = rows
         super().__init__(processor, template, on_error)
 
     def __len__(self) -> int:

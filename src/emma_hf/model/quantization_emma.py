@@ -116,8 +116,7 @@ def keep_exact(model: nn.Module) -> None:
     so that no call of ours could undo the rearrangement in time.
     """
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and type(module).__name__ == "Linear4bit":
+        if type(module).__name__ == "Linear4bit" and module.weight.quant_state is not None:
             exact = _exact_linear()
             if exact is None:
                 module.support_avx512bf16_for_cpu = False
