@@ -38,7 +38,6 @@ ALLOWED = {
     ("model/modeling_emma.py", "_supports_flash_attn"): MODEL,
     ("model/modeling_emma.py", "_supports_flex_attn"): MODEL,
     ("model/modeling_emma.py", "_supports_sdpa"): MODEL,
-    ("model/modeling_emma.py", "_tied_weights_keys"): MODEL,
     ("model/modeling_emma.py", "_tp_plan"): MODEL,
     ("model/processing_emma.py", "_get_arguments_from_pretrained"): "where 4.57 loads a processor's parts",
     ("model/processing_emma.py", "_get_num_multimodal_tokens"): "what vLLM asks a processor for",
