@@ -96,7 +96,8 @@ heard = list(said)
 # That nothing was said means something, since these are heard.
 warnings.warn("deprecated, by a warning", FutureWarning)
 get_logger("transformers.any").warning_once("deprecated, by a logger")
-print(json.dumps([heard, len(said) - len(heard)]))
+# Where the environment says CI, Transformers' logger hands its messages to the root logger too: heard twice.
+print(json.dumps([heard, sorted({message.splitlines()[0] for message in said[len(heard):]})]))
 """
 
 
@@ -109,4 +110,4 @@ def test_no_deprecated_name_is_used(tmp_path, reference):
     assert done.returncode == 0, done.stderr
     heard, controls = json.loads(done.stdout.splitlines()[-1])
     assert heard == [], "\n\n".join(heard)
-    assert controls == 2
+    assert controls == ["FutureWarning: deprecated, by a warning", "deprecated, by a logger"]
