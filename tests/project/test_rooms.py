@@ -16,6 +16,8 @@ LEVELS = (
     ("conversion", "inference", "data", "serving"),
     ("integrations",),
     ("training",),
+    ("evaluation",),
+    ("analysis",),
     ("tiny",),
     ("hub",),
     ("cli",),

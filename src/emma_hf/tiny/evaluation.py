@@ -1,14 +1,14 @@
 """Evaluation of emma-tiny: accuracy on unseen scenes by family of questions, and hallucinations in captions."""
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..evaluation.statistics import share
 from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -109,18 +109,6 @@ def evaluate_tiny(
 def is_right(prediction: str, answer: str) -> bool:
     """Whether the prediction is the answer, apart from case and a final period."""
     return prediction.strip().rstrip(".").lower() == answer.lower()
-
-
-def share(hits: Iterable[bool]) -> dict[str, float]:
-    """A share and its 95% interval (Wilson 1927)."""
-    hits = list(hits)
-    count, z = len(hits), 1.959964
-    if not count:
-        return {"right": 0, "of": 0, "share": math.nan, "low": math.nan, "high": math.nan}
-    observed = sum(hits) / count
-    center = (observed + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(observed * (1 - observed) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return {"right": sum(hits), "of": count, "share": observed, "low": center - half, "high": center + half}
 
 
 def accuracy(questions: list[tuple[Scene, Question]], right: list[bool]) -> dict[str, dict[str, float]]:

@@ -7,8 +7,11 @@ from typing import Any
 from ..model.errors_emma import EmmaError, MissingPackageError
 
 
-def figure_class() -> Any:
+def figure_class(extra: str = "train") -> Any:
     """matplotlib's `Figure`; a long run that draws at its end calls this at its beginning.
+
+    Args:
+        extra: the extra of this package that brings matplotlib to who needs it, for the error.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -16,7 +19,9 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError('Plots need matplotlib: install it with `pip install "emma-hf[train]"`.') from error
+        raise MissingPackageError(
+            f'Plots need matplotlib: install it with `pip install "emma-hf[{extra}]"`.'
+        ) from error
     return Figure
 
 
