@@ -16,8 +16,10 @@ from emma_hf.hub.model_card import TEMPLATE, check_card, is_released_shape, read
 
 ROOT = Path(__file__).parents[2]
 EVALUATION = EMMA_TINY / "evaluation.json"
-# The paper's figures, as the issue gives them.
+# The paper's figures, in the order of its tables. AMBER's figures for attributes and relations were computed against the
+# next question's truth: a leaderboard must not read them.
 PAPER = [89.42, 56.03, 73.14, 56.01, 68.57, 66.44, 60.15, 35.44, 25.1, 32.0, 26.15, 37.34, 94.50, 66.13]
+AMBER_ATTRIBUTE, AMBER_RELATION = 26.15, 37.34
 SECTIONS = [
     "Architecture", "Use", "Training data and procedure", "Figures of the paper", "Intended use", "Limits",
     "Bias and risks", "Licenses", "Environmental cost", "Citation",
@@ -61,7 +63,9 @@ def test_the_papers_figures_are_cited_as_the_papers(source):
     card, _ = render_card(source, EmmaConfig(), "emma-7b")
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "emma-7b"
-    assert [result.metric_value for result in results] == PAPER
+    assert [result.metric_value for result in results] == [
+        figure for figure in PAPER if figure not in (AMBER_ATTRIBUTE, AMBER_RELATION)
+    ]
     for result in results:
         assert result.source_url == "https://arxiv.org/abs/2410.02080"
         assert "not measured here" in result.source_name
