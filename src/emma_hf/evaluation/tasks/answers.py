@@ -59,9 +59,8 @@ def option_lines(options: Mapping[str, str]) -> str:
 
 
 # The words below are those of the VQA evaluation (Antol et al. 2015), as EvalAI applies them.
-_NUMBERS = dict(
-    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
-)
+_NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBER_WORDS)}}
 _ARTICLES = {"a", "an", "the"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTED = """

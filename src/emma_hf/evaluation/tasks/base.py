@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Figure:
         shares = share(hits)
         if not shares["of"]:
             return cls(0.0, 0.0, 1.0, 0)
-        return cls(shares["share"], shares["low"], shares["high"], int(shares["of"]))
+        # An end of 0 or 1 is so but for rounding.
+        return cls(shares["share"], max(0.0, shares["low"]), min(1.0, shares["high"]), int(shares["of"]))
 
     @classmethod
     def of_ratio(cls, parts: Sequence[float], wholes: Sequence[float]) -> "Figure":
@@ -110,7 +111,8 @@ class Task(ABC):
     Attributes:
         name: what `--task` takes.
         title: the benchmark's name in tables.
-        files: the path of each needed file or folder (with a slash at its end) below `--data`, and its official source.
+        files: the path below `--data` of each needed file or folder (with a slash at its end), or a pattern of paths,
+            and its official source.
         max_new_tokens: the longest answer.
         authors_rule: how the authors' script differs, in a sentence; empty where it does not.
         constants: answers that need no image; the summary says what a model that always gives each of them would get.
@@ -135,8 +137,7 @@ class Task(ABC):
                 official source, or the row.
         """
         for name, source in self.files.items():
-            path = folder / name
-            if not (path.is_dir() if name.endswith("/") else path.is_file()):
+            if not any(folder.glob(name)):
                 raise EmmaError(f"The task {self.name} needs {name} in {folder}, which has none. Get it from {source}.")
         samples = self.read(folder)
         return [self.ask_as_authors(sample) for sample in samples] if authors else samples
@@ -158,8 +159,12 @@ class Task(ABC):
         """The score of one answer in [0, 1]; 0 for `None`."""
 
     def figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
-        """The benchmark's own figures, the headline first."""
-        return {"accuracy": Figure.of_values([row.score for row in rows])}
+        """The benchmark's own figures, the headline first: here the mean score, of all rows and of each kind."""
+        return {"accuracy": Figure.of_values([row.score for row in rows]), **by_kind(rows)}
+
+    def compared(self, figures: Mapping[str, Figure]) -> list[str]:
+        """The names of the figures that are also given for a constant answer."""
+        return [next(iter(figures))]
 
     def authors_figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
         """The same answers by the authors' scoring; empty where it is the same.
@@ -181,17 +186,22 @@ class Task(ABC):
             rows: in the order of `load`.
         """
         figures = self.figures(rows)
-        headline = next(iter(figures))
+        compared = self.compared(figures)
         for constant in self.constants:
-            always = [self.answered(row.sample, constant) for row in rows]
-            figures[f'{headline} of always "{constant}"'] = self.figures(always)[headline]
+            always = self.figures([self.answered(row.sample, constant) for row in rows])
+            figures |= {f'{name} of always "{constant}"': always[name] for name in compared}
         figures["answers not parsed"] = Figure.of_hits(row.parsed is None for row in rows)
         return figures
 
 
-def without_images(sample: Sample) -> Sample:
-    """The sample as a model sees it that is shown no image."""
-    return replace(sample, images=())
+def by_kind(rows: Sequence[ScoredRow], name: str = "accuracy") -> dict[str, Figure]:
+    """The mean score of each kind in the order of their names; none where all rows are of one kind."""
+    kinds = sorted({row.sample.kind for row in rows})
+    if len(kinds) < 2:
+        return {}
+    return {
+        f"{name}, {kind}": Figure.of_values([row.score for row in rows if row.sample.kind == kind]) for kind in kinds
+    }
 
 
-__all__ = ["Figure", "ImageSource", "Sample", "ScoredRow", "Task", "without_images"]
+__all__ = ["Figure", "ImageSource", "Sample", "ScoredRow", "Task", "by_kind"]

@@ -1,10 +1,10 @@
 """The files of benchmarks as rows; an error names the file and the row."""
 
 import base64
+import binascii
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def read_lines(path: Path) -> list[Row]:
 def read_table(path: Path, delimiter: str) -> list[Row]:
     """A file of comma- or tab-separated values whose first line names the fields."""
     # Images of any size stand in a field, in base64.
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             return rows_of(list(csv.DictReader(file, delimiter=delimiter)), path)
@@ -150,7 +150,14 @@ def image_of_bytes(row: Row, value: Any) -> Callable[[], Image.Image]:
 def image_of_base64(row: Row, key: str) -> Callable[[], Image.Image]:
     """An image that a table holds in base64, to be decoded when it is needed."""
     content = row.text(key)
-    return lambda: Image.open(io.BytesIO(base64.b64decode(content)))
+
+    def decoded() -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(base64.b64decode(content)))
+        except binascii.Error as error:
+            raise OSError(f"The image is not base64: {error}.") from error
+
+    return decoded
 
 
 __all__ = [
