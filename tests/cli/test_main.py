@@ -33,6 +33,7 @@ COMMANDS = ["ask", "chat", "serve", "convert", "export", "push", "train", "tiny"
         (["convert", "--reverse", "OUTPUT"], "`--reverse` needs a SOURCE"),
         (["convert", "none/none/none", "OUTPUT"], "neither a folder nor a Hub id"),
         (["convert", "MODEL", "OUTPUT", "--reverse", "--clip", "x"], "CLIP is written, not read"),
+        (["convert", "MODEL", "OUTPUT", "--reverse", "--base", "x"], "`--reverse` starts from a complete model. Drop"),
         (["convert", "MODEL", "MODEL", "--reverse"], "OUTPUT must not exist yet"),
         (["ask", "--model", "none", "PHOTO", "Who?"], "neither a folder nor a Hub id"),
         (["ask", "--model", "AUTHORS", "PHOTO", "Who?"], "`emma-hf convert SOURCE OUTPUT`"),

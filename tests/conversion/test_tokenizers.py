@@ -1,13 +1,15 @@
 """The two tokenizers: recorded ids of the authors' code, the row of `<image>`, and the files of the way back."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from support.checkpoints import converted_from, edit
+from support.checkpoints import converted_from, edit, exchange_language_model_for_qwen2
 from transformers import AutoTokenizer
 
-from emma_hf import EmmaError, EmmaProcessor
+from emma_hf import EmmaError, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.conversion import reverse
 from emma_hf.conversion.instruction_vocabulary import BPE_NAME, load_instruction_tokenizer
 from emma_hf.conversion.tokenizers import instruction_tokenizer, prompt_tokenizer, write_authors_tokenizers
 
@@ -70,3 +72,41 @@ def test_the_authors_files_are_written_as_they_read_them(converted, reference, t
         name: original[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")
     }
     assert (tmp_path / "tokenizer.model").read_bytes() == (reference / "original" / "tokenizer.model").read_bytes()
+
+
+PROMPTS = [
+    "USER: What color is the star? ASSISTANT:",
+    " It's 12 + 345,\n\n  naïve 模型\t!<|im_end|>",
+    "a<|endoftext|> b",
+    "",
+]
+
+
+def test_a_byte_level_tokenizer_gives_the_ids_of_transformers_own(authors, tmp_path):
+    language_model = exchange_language_model_for_qwen2(authors)
+    output = converted_from(authors, tmp_path / "out")
+    (tmp_path / "own").mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(authors / name, tmp_path / "own")
+    own = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert type(own).__name__ in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+    processor = EmmaProcessor.from_pretrained(output)
+    processor.save_pretrained(tmp_path / "again")
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    for tokenizes in (processor, EmmaProcessor.from_pretrained(tmp_path / "again")):
+        for prompt in PROMPTS:
+            assert tokenizes(text=prompt)["input_ids"] == [own(prompt)["input_ids"]]
+        before, after = "USER: ", "\nWhat is it? ASSISTANT:"
+        ids = own(before)["input_ids"] + [510] * 16 + own(after)["input_ids"]
+        assert tokenizes(image, f"{before}<image>{after}")["input_ids"] == [ids]
+    assert processor.tokenizer.model_max_length == 400
+    assert processor.tokenizer.pad_token == "<|endoftext|>"
+    model = EmmaForConditionalGeneration.from_pretrained(output, dtype=torch.float32).eval()
+    ids = torch.tensor(processor(text=PROMPTS[0])["input_ids"])
+    with torch.no_grad():
+        expected, logits = language_model(ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(logits[..., :510], expected, rtol=0, atol=1e-6)
+    with pytest.raises(
+        EmmaError, match="`--reverse` writes Llama's tokenizer.model: .*out is a 'qwen2', which has none"
+    ):
+        reverse(output, tmp_path / "back", progress=False)

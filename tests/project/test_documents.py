@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.checkpoints import split_off_lora, split_off_stage_one
 from support.hub_server import HubServer
 from support.rows import save_rows
 
@@ -129,6 +130,7 @@ def run_command(command: str, place: Path, hub: HubServer, monkeypatch) -> None:
     original = place / "original"
     command = re.sub("(?<=tiny evaluate)", " --questions 16 --captions 2", command)
     command = command.replace("saraghznfri/emma-7b emma-7b", f"{original} emma-7b --clip {original / 'clip'}")
+    command = command.replace("lmsys/vicuna-7b-v1.5", f"vicuna --clip {place / 'llava-lora' / 'clip'}")
     if command.startswith("emma-hf push"):
         # A Hub on this machine stands for the Hub; the client reads its settings when it is imported.
         online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
@@ -147,12 +149,17 @@ def run_command(command: str, place: Path, hub: HubServer, monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
 def test_the_commands_of_a_page_run_in_their_order(page, place, reference, hub, monkeypatch, capsys):
     shutil.copytree(reference / "original", place / "original")
+    if page == "docs/usage.md":
+        split_off_stage_one(place / "original", place / "llava-stage-1", place / "base")
+        split_off_lora(place / "original", place / "llava-lora", place / "vicuna")
     for command in commands(page):
         run_command(command, place, hub, monkeypatch)
         if command.startswith("emma-hf ask scene.png") and page == "README.md":
             assert f"```text\n{capsys.readouterr().out}```" in (ROOT / page).read_text(encoding="utf-8")
     if page == "docs/usage.md":
         assert (place / "emma-7b-authors" / "clip" / "config.json").is_file()
+        assert (place / "emma-stage-1" / "model.safetensors").is_file()
+        assert (place / "emma-lora" / "model.safetensors").is_file()
     if page == "docs/training.md":
         assert (place / "emma-lora" / "merged" / "model.safetensors").is_file()
     if page == "docs/hub.md":

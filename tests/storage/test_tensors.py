@@ -15,6 +15,7 @@ from emma_hf.storage.tensors import (
     AppendedTensor,
     FileTensor,
     MemoryTensor,
+    MergedTensor,
     ShortenedTensor,
     StoredTensor,
     cast,
@@ -125,6 +126,21 @@ def test_rows(tmp_path, monkeypatch, block, dtype):
         assert torch.equal(ShortenedTensor(cast(source, torch.float16)).load(), table[:-1].half())
         assert torch.equal(mean_row(source), table.double().mean(0))
     assert ShortenedTensor(MemoryTensor(table[:1])).load().shape == (0, 3)
+
+
+@pytest.mark.parametrize("block", [1, 200, 1 << 24])
+@pytest.mark.parametrize(("stored", "dtype"), [("float16", "float16"), ("float32", "float32"), ("float16", "bfloat16")])
+def test_a_low_rank_update_is_added_in_float32_and_rounded_once(monkeypatch, block, stored, dtype):
+    monkeypatch.setattr(storage, "BLOCK_SIZE", block)
+    # Fractions that float32 holds exactly and the shorter types round.
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randint(-500, 500, (7, 5), generator=generator) / 4096).to(getattr(torch, stored))
+    down, up = (torch.randint(-9, 9, shape, generator=generator) / 8 for shape in ((3, 5), (7, 3)))
+    merged = MergedTensor(*map(MemoryTensor, (weight, down.half(), up)), 1.5, getattr(torch, dtype))
+    exact = weight.double() + 1.5 * (up.double() @ down.double())
+    assert (dtype == "float32") == torch.equal(exact, exact.to(getattr(torch, dtype)).double())
+    assert torch.equal(merged.load(), exact.to(getattr(torch, dtype)))
+    assert torch.equal(cast(merged, torch.float64).load(), merged.load().double())
 
 
 def test_cast_leaves_integers():

@@ -25,7 +25,6 @@ from ..storage.tensors import (
     most_common_dtype,
     parse_size,
     read_checkpoint,
-    read_pickle,
     write_safetensors,
     write_shards,
 )
@@ -40,13 +39,20 @@ from .authors_config import (
 from .instruction_vocabulary import BPE_NAME
 from .key_tables import (
     CLIP_KEYS,
-    FUSION_KEYS,
-    LANGUAGE_MODEL_KEYS,
     REVERSE_CLIP_KEYS,
     REVERSE_FUSION_KEYS,
     REVERSE_LANGUAGE_MODEL_KEYS,
     rename_keys,
     select_and_rename,
+)
+from .partial_checkpoints import (
+    ADAPTER_NAMES,
+    PROJECTOR_NAME,
+    TOWER_NAME,
+    TRAINED_NAME,
+    read_fusion,
+    read_language_model,
+    resolve_base,
 )
 from .tokenizers import instruction_tokenizer, prompt_tokenizer, write_authors_tokenizers
 
@@ -57,7 +63,10 @@ CONVERTED_FILES = [
     "*.json",
     "*.safetensors",
     "pytorch_model*.bin",
-    "vision_tower.bin",
+    TOWER_NAME,
+    PROJECTOR_NAME,
+    TRAINED_NAME,
+    *ADAPTER_NAMES,
     "tokenizer.model",
     "merges.txt",
     BPE_NAME,
@@ -72,8 +81,12 @@ def convert(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
     quantization: str | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Convert the authors' checkpoint to a complete Hub folder.
+
+    A folder that holds only what was trained, the projector of stage 1 or a LoRA adapter, is completed by its `base`.
+    Adapters are merged in float32, and each weight is rounded once.
 
     Args:
         source: folder or Hub id of the authors' checkpoint.
@@ -82,11 +95,14 @@ def convert(
         dtype: dtype of all floating-point tensors. Default: each tensor keeps its own.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. No more than one tensor is ever in memory.
         progress: show a progress bar.
-        quantization: `4bit` or `8bit`, for a folder that loads quantized. The unquantized weights are temporarily
-            written beside `output`, and the model is loaded.
+        quantization: `4bit` or `8bit`, for a folder that loads quantized. The unquantized weights are written to a
+            temporary folder first, and the model is loaded.
+        base: for a stage-1 or LoRA folder, folder or Hub id of the model that it was trained from: a language model as
+            Transformers saves it, or a complete checkpoint of the authors' code.
 
     Raises:
-        EmmaError: unknown or missing weights, damaged files, a variant that cannot run, an `output` that exists.
+        EmmaError: unknown or missing weights, damaged files, a variant that cannot run, a `base` that is missing or
+            does not fit, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
         HubError: the Hub cannot be reached, or refuses.
         MissingPackageError: with `quantization`, bitsandbytes is missing or too old.
@@ -94,11 +110,12 @@ def convert(
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is None:
         with new_folder(output) as folder:
-            _write_converted(folder, source, clip, dtype, limit, progress)
+            _write_converted(folder, source, clip, base, dtype, limit, progress)
         return Path(output)
     config = bitsandbytes_config(quantization)
-    with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder.parent) as unquantized:
-        _write_converted(Path(unquantized), source, clip, dtype, limit, progress)
+    # Inside the hidden folder, so that a killed run leaves nothing complete behind.
+    with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as unquantized:
+        _write_converted(Path(unquantized), source, clip, base, dtype, limit, progress)
         model = EmmaForConditionalGeneration.from_pretrained(unquantized, quantization_config=config, dtype="auto")
         shutil.copytree(unquantized, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         model.save_pretrained(folder, max_shard_size=limit)
@@ -109,6 +126,7 @@ def _write_converted(
     folder: Path,
     source: str | Path,
     clip: str | Path | None,
+    base: str | Path | None,
     dtype: torch.dtype | None,
     max_shard_size: int,
     progress: bool,
@@ -117,9 +135,13 @@ def _write_converted(
     authors = read_json(source / "config.json")
     clip = resolve(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)
     config = config_from_authors(authors, read_clip_config(clip))
+    base = resolve_base(source, base, authors, CONVERTED_FILES)
 
-    tensors = rename_keys(read_checkpoint(source), LANGUAGE_MODEL_KEYS, source)
-    tensors |= _read_fusion(source, config)
+    tensors = read_language_model(source, base, dtype)
+    tensors |= read_fusion(source)
+    if not config.visual_offset:
+        # The authors' v1 loader ignores it, too.
+        tensors.pop("model.modality_adaptation.visual_offset", None)
     tensors |= rename_keys(read_checkpoint(clip), CLIP_KEYS, clip)
     if EMBEDDING in tensors:
         tensors[EMBEDDING] = AppendedTensor(tensors[EMBEDDING], mean_row(tensors[EMBEDDING]))
@@ -130,11 +152,12 @@ def _write_converted(
 
     config.architectures = ["EmmaForConditionalGeneration"]
     config.dtype = most_common_dtype(tensors.values())
-    _processor(source, clip, authors, config).save_pretrained(folder)
+    tokenizer = prompt_tokenizer(base or source, authors, config.text_config.vocab_size - 1)
+    _processor(tokenizer, source, clip, authors, config).save_pretrained(folder)
     config.save_pretrained(folder)
     default_generation_config(config).save_pretrained(folder)
-    if (source / "tokenizer.model").is_file():
-        shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+    if ((base or source) / "tokenizer.model").is_file():
+        shutil.copyfile((base or source) / "tokenizer.model", folder / "tokenizer.model")
     write_shards(folder, tensors, max_shard_size, progress)
 
 
@@ -188,6 +211,8 @@ def _read_converted(source: Path) -> tuple[EmmaConfig, dict[str, StoredTensor]]:
             f"{values.get('model_type')!r}."
         )
     config = EmmaConfig.from_pretrained(source)
+    if config.text_config.model_type == "qwen2":
+        raise EmmaError(f"`--reverse` writes Llama's tokenizer.model: {source} is a 'qwen2', which has none.")
     if not (source / "tokenizer.model").is_file():
         raise FileNotFoundError(
             f"The authors' code reads tokenizer.model, which {source} lacks. Copy it from the language model."
@@ -204,17 +229,6 @@ def _read_converted(source: Path) -> tuple[EmmaConfig, dict[str, StoredTensor]]:
         if name in tensors:
             tensors[name] = ShortenedTensor(tensors[name])
     return config, tensors
-
-
-def _read_fusion(source: Path, config: EmmaConfig) -> dict[str, StoredTensor]:
-    path = source / "vision_tower.bin"
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} lacks vision_tower.bin, which holds the trained fusion weights. Fetch it.")
-    fusion = rename_keys(read_pickle(path), FUSION_KEYS, path)
-    if not config.visual_offset:
-        # The authors' v1 loader ignores it, too.
-        fusion.pop("model.modality_adaptation.visual_offset", None)
-    return fusion
 
 
 def _validate_against_model(
@@ -245,7 +259,7 @@ def _validate_against_model(
     return {name: tensors[name] for name in expected}
 
 
-def _processor(source: Path, clip: Path, authors: dict[str, Any], config: EmmaConfig) -> EmmaProcessor:
+def _processor(tokenizer: Any, source: Path, clip: Path, authors: dict[str, Any], config: EmmaConfig) -> EmmaProcessor:
     preprocessor = clip / "preprocessor_config.json"
     values = read_json(preprocessor) if preprocessor.is_file() else {}
     side = config.vision_config.image_size
@@ -259,7 +273,7 @@ def _processor(source: Path, clip: Path, authors: dict[str, Any], config: EmmaCo
     )
     return EmmaProcessor(
         image_processor,
-        prompt_tokenizer(source, authors, config.text_config.vocab_size - 1),
+        tokenizer,
         instruction_tokenizer(source, clip),
         image_seq_length=config.image_seq_length,
         instruction_length=config.instruction_length,

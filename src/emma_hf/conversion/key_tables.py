@@ -20,6 +20,8 @@ LANGUAGE_MODEL_KEYS = {
     r"lm_head\.weight": r"lm_head.weight",
 }
 FUSION_KEYS = {
+    # The frozen towers, where the state dict of all of `vision_tower` was saved: they come from CLIP.
+    r"(?:model\.vision_tower\.)?(?:vision_tower|text_encoder)\..+": None,
     r"(?:model\.vision_tower\.)?text_projection\.(weight|bias)": r"model.modality_adaptation.instruction_projection.\1",
     r"(?:model\.vision_tower\.)?image_text_infusion\.(weight|bias)": r"model.modality_adaptation.visual_alignment.\1",
     r"(?:model\.vision_tower\.)?learnable_tokens": r"model.modality_adaptation.visual_offset",

@@ -11,15 +11,23 @@ from ..model.errors_emma import EmmaError
 from ..storage.folders import read_json, write_json
 from .instruction_vocabulary import BPE_NAME, load_instruction_tokenizer, write_merges
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+# SentencePiece's form (Llama, Mistral), the byte-level form (Qwen2), and what belongs to either.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def prompt_tokenizer(source: Path, authors: dict[str, Any], rows: int) -> Any:
     """The language model's tokenizer, with `<image>` as its last token.
 
     Args:
-        source: folder of the authors' checkpoint.
-        authors: its config.
+        source: folder of the tokenizer: the authors' checkpoint, or its base model.
+        authors: config of the authors' checkpoint.
         rows: rows of its embedding, and so the id of `<image>`.
 
     Raises:
@@ -37,13 +45,20 @@ def prompt_tokenizer(source: Path, authors: dict[str, Any], rows: int) -> Any:
         values = read_json(path)
         # Rows of a batch must end together to be continued; the authors pad on the right, for training.
         values["padding_side"] = "left"
-        # The defaults of the Transformers version that the authors use.
-        values.setdefault("legacy", True)
-        values.setdefault("add_bos_token", True)
-        values.setdefault("model_max_length", authors.get("tokenizer_model_max_length"))
+        # The length of training; that of a base model's own file can be larger.
+        values["model_max_length"] = authors.get("tokenizer_model_max_length") or values.get("model_max_length")
+        is_byte_level = not (source / "tokenizer.model").is_file() and (source / "merges.txt").is_file()
+        values.setdefault("tokenizer_class", "Qwen2Tokenizer" if is_byte_level else "LlamaTokenizer")
+        if "Llama" in values["tokenizer_class"]:
+            # The defaults of the Transformers version that the authors use.
+            values.setdefault("legacy", True)
+            values.setdefault("add_bos_token", True)
         write_json(Path(folder) / "tokenizer_config.json", values)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.init_kwargs["legacy"] = values["legacy"]
+    if "legacy" in values:
+        tokenizer.init_kwargs["legacy"] = values["legacy"]
+    # As the authors' training does where a base model's tokenizer has none.
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     # An embedding can have more rows than the tokenizer has tokens: the rows in between get reserved names.
     tokenizer.add_tokens([f"<reserved_{index}>" for index in range(len(tokenizer), rows)], special_tokens=True)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)

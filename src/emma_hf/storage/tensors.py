@@ -135,6 +135,40 @@ class ShortenedTensor(StoredTensor):
                 break
 
 
+class MergedTensor(StoredTensor):
+    """The weight of a linear layer with a low-rank update: `source` + `scale` * (`up` @ `down`).
+
+    Computed in float32 and rounded once, a number of rows at a time.
+
+    Args:
+        source: the weight (out, in).
+        down: LoRA's A (rank, in).
+        up: LoRA's B (out, rank).
+        scale: factor of the update.
+        dtype: dtype of the result.
+    """
+
+    def __init__(self, source: StoredTensor, down: StoredTensor, up: StoredTensor, scale: float, dtype: torch.dtype):
+        super().__init__(dtype, source.shape)
+        self.source = source
+        self.down = down
+        self.up = up
+        self.scale = scale
+
+    def blocks(self) -> Iterator[bytes]:
+        weight, down, up = self.source.load(), self.down.load().float(), self.up.load().float()
+        rows = max(1, BLOCK_SIZE // (4 * self.shape[1]))
+        for start in range(0, self.shape[0], rows):
+            part = slice(start, start + rows)
+            yield _bytes_of((weight[part].float() + (up[part] @ down) * self.scale).to(self.dtype))
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder has one of the files that [`read_checkpoint`] reads."""
+    names = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+    return any((folder / name).is_file() for name in names)
+
+
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a folder's `model.safetensors`, of its shards, or of its `pytorch_model.bin`.
 

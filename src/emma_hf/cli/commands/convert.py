@@ -21,6 +21,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--clip", help="folder or Hub id of the CLIP checkpoint (default: the one that the config names)"
     )
+    parser.add_argument(
+        "--base",
+        help="folder or Hub id of the language model that a stage-1 or LoRA folder was trained from",
+    )
     parser.add_argument("--dtype", help="dtype of every tensor: float32, float16 or bfloat16 (default: as stored)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, such as 2GB (default: 5GB)")
     parser.add_argument(
@@ -37,6 +41,10 @@ def _check(args: argparse.Namespace) -> None:
         raise EmmaError("`--reverse` needs a SOURCE, a folder or Hub id of a converted model: got none.")
     if args.clip is not None:
         raise EmmaError("`--clip` names a source of weights; with `--reverse` CLIP is written, not read. Drop it.")
+    if args.base is not None:
+        raise EmmaError(
+            "`--base` completes a stage-1 or LoRA folder; `--reverse` starts from a complete model. Drop it."
+        )
     if args.quantization is not None:
         raise EmmaError("The authors' layout has no quantized form: drop `--quantization` or `--reverse`.")
 
@@ -49,5 +57,5 @@ def _convert(args: argparse.Namespace) -> None:
         reverse(args.source, args.output, **options)
     else:
         source = args.source or DEFAULT_SOURCE
-        convert(source, args.output, clip=args.clip, quantization=args.quantization, **options)
+        convert(source, args.output, clip=args.clip, base=args.base, quantization=args.quantization, **options)
     print(f"wrote {args.output}", file=sys.stderr)
