@@ -9,6 +9,7 @@ from ...model.errors_emma import EmmaError
 
 # Pixels. Drawing takes about 20 bytes for each of the pixels: 0.3 GB for the largest.
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096
+REPLICATION = "docs/replication"
 
 
 def add_commands(commands: Any) -> None:
@@ -43,6 +44,21 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the questions (default: 0)")
     evaluate.add_argument("--output", help="folder for the table, the figure and every answer")
     evaluate.set_defaults(check_arguments=_check_evaluate, run=_evaluate)
+
+    replicate = parts.add_parser(
+        "replicate", help="train it with and without its instruction, and compare; rows that are done are left out"
+    )
+    replicate.add_argument("rows", nargs="*", metavar="ROW", help="ARM-kTOKENS-dDEPTH-sSEED-rRATE: C-k4-d6-s0-r1")
+    replicate.add_argument("--all", action="store_true", help="every row of the table")
+    replicate.add_argument("--report", action="store_true", help="tables and figures of the rows that are done")
+    replicate.add_argument(
+        "--output", default=REPLICATION, metavar="FOLDER", help=f"folder of results.jsonl (default: {REPLICATION})"
+    )
+    replicate.add_argument(
+        "--work", default="build/replication", metavar="FOLDER", help="features and questions (default: %(default)s)"
+    )
+    replicate.add_argument("--smoke", action="store_true", help="a few steps for each row")
+    replicate.set_defaults(check_arguments=_check_replicate, run=_replicate)
 
 
 def _check_draw(args: argparse.Namespace) -> None:
@@ -80,3 +96,22 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output)
     print(table(result), end="")
+
+
+def _check_replicate(args: argparse.Namespace) -> None:
+    if bool(args.rows) + args.all + args.report != 1:
+        raise EmmaError("`tiny replicate` takes one of ROW ..., `--all` and `--report`.")
+
+
+def _replicate(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ...tiny.replication.report import write_report
+    from ...tiny.replication.running import SMOKE, ReplicationBudget, planned_rows, replicate
+
+    results = Path(args.output) / "results.jsonl"
+    if args.report:
+        print(write_report(results, args.output), end="")
+        return
+    for line in replicate(planned_rows(args.rows), results, args.work, SMOKE if args.smoke else ReplicationBudget()):
+        print(f"{line['row']}: {line['accuracy']['as trained']['all']['share']:.1%} right")

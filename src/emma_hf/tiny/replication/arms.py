@@ -1,0 +1,215 @@
+"""What each arm of the replication trains, and the model that all of them start from."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...model.errors_emma import EmmaError
+from ...model.modeling_emma import EmmaForConditionalGeneration
+
+# What every row of the arm "constant" has as its instruction.
+CONSTANT_INSTRUCTION = "Describe the picture."
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. Projector and language model are trained in every arm, both towers in none.
+
+    Args:
+        title: its name in tables.
+        mixing: whether the visual part of the alignment and the offset are trained.
+        text: whether the text part of the alignment (from 0) and the instruction projection are trained.
+        instruction: in training and in the test the question's `own`, `shuffled` (another row's) or `constant`.
+        question_first: whether the question also stands before the picture in the prompt.
+        film: whether the question also scales and shifts the projector's hidden units, which is not EMMA.
+    """
+
+    title: str
+    mixing: bool = False
+    text: bool = False
+    instruction: str = "own"
+    question_first: bool = False
+    film: bool = False
+
+
+ARMS = {
+    "A": Arm("LLaVA"),
+    "B": Arm("mixing without words", mixing=True),
+    "C": Arm("EMMA", mixing=True, text=True),
+    "D": Arm("EMMA, shuffled instruction", mixing=True, text=True, instruction="shuffled"),
+    "E": Arm("EMMA, constant instruction", mixing=True, text=True, instruction="constant"),
+    "F": Arm("question before the picture", question_first=True),
+    "G": Arm("FiLM, an upper bound that is not EMMA", mixing=True, film=True),
+}
+_ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run of the table.
+
+    Args:
+        arm: a key of [`ARMS`].
+        tokens: visual tokens that the language model gets, K: a square number whose root divides the grid's side.
+        depth: layers of the language model.
+        seed: of the order of questions, which all arms share.
+        rate: learning rate of the text weights, in units of that of all others.
+
+    Raises:
+        EmmaError: an arm that does not exist.
+    """
+
+    arm: str
+    tokens: int = 4
+    depth: int = 6
+    seed: int = 0
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise EmmaError(f"An arm of the replication is one of {', '.join(ARMS)}: got {self.arm!r}.")
+
+    @property
+    def name(self) -> str:
+        """Such as `C-k4-d6-s0-r1`, which [`Row.parse`] reads."""
+        return f"{self.arm}-k{self.tokens}-d{self.depth}-s{self.seed}-r{self.rate:g}"
+
+    @classmethod
+    def parse(cls, name: str) -> "Row":
+        """The row of a name.
+
+        Raises:
+            EmmaError: a name of another form.
+        """
+        match = _ROW.fullmatch(name)
+        if match is None:
+            raise EmmaError(
+                "A row of the replication is written ARM-kTOKENS-dDEPTH-sSEED-rRATE, such as C-k4-d6-s0-r1: got "
+                f"{name!r}."
+            )
+        arm, tokens, depth, seed, rate = match.groups()
+        return cls(arm, int(tokens), int(depth), int(seed), float(rate))
+
+
+class ReplicationModel(nn.Module):
+    """emma-tiny with its text term folded into an offset, and what its arm adds.
+
+    Every arm begins as the same function: F = Wv V + offset, where the offset (visual tokens, vision width) holds `ba`
+    and the mean of `Wt P` over questions, and `Wt` is 0.
+
+    Args:
+        model: emma-tiny. Its modules become parts of this one and are trained.
+        row: which arm, how many tokens, and how deep.
+        mean_text: mean of `Wt P` over questions, (visual tokens, vision width).
+
+    Raises:
+        EmmaError: tokens that do not tile the grid, or more layers than there are.
+    """
+
+    def __init__(self, model: EmmaForConditionalGeneration, row: Row, mean_text: torch.Tensor) -> None:
+        super().__init__()
+        self.arm, self.tokens = ARMS[row.arm], row.tokens
+        adaptation, config = model.model.modality_adaptation, model.config
+        self.side, self.pooled_side = math.isqrt(config.image_seq_length), math.isqrt(row.tokens)
+        if self.pooled_side**2 != row.tokens or not row.tokens or self.side % self.pooled_side:
+            raise EmmaError(
+                f"Visual tokens are averaged over squares of the {self.side}x{self.side} grid, so their number is a "
+                f"square whose root divides {self.side}: got {row.tokens}."
+            )
+        layers = model.model.language_model.layers
+        if not 1 <= row.depth <= len(layers):
+            raise EmmaError(f"The language model has {len(layers)} layers: got depth {row.depth}.")
+
+        visual_tokens = config.image_seq_length
+        weight, bias = adaptation.visual_alignment.weight, adaptation.visual_alignment.bias
+        self.visual_weight = nn.Parameter(weight[:, :visual_tokens].detach().clone(), self.arm.mixing)
+        self.text_weight = nn.Parameter(torch.zeros_like(weight[:, visual_tokens:]), self.arm.text)
+        self.offset = nn.Parameter(bias.detach()[:, None] + mean_text, self.arm.mixing)
+        self.instruction_projection = adaptation.instruction_projection.requires_grad_(self.arm.text)
+        self.projector = model.model.multi_modal_projector.requires_grad_(True)
+        self.language_model = model.model.language_model.requires_grad_(True)
+        self.language_model.layers = layers[: row.depth]
+        self.lm_head = model.lm_head.requires_grad_(True)
+        if self.arm.film:
+            # Zero: no gain and no shift at the start.
+            hidden = self.projector.linear_1.out_features
+            self.film = nn.Linear(config.instruction_config.hidden_size, 2 * hidden)
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
+        self.train(False)
+
+    def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
+        """Parameters that are trained, for an optimizer: the text weights at `text_rate` times the rate."""
+        text = [self.text_weight, *self.instruction_projection.parameters()] if self.arm.text else []
+        known = {id(parameter) for parameter in text}
+        others = [each for each in self.parameters() if each.requires_grad and id(each) not in known]
+        groups = [{"params": others, "lr": learning_rate}]
+        return [*groups, {"params": text, "lr": text_rate * learning_rate}] if text else groups
+
+    def text_term(self, instruction_features: torch.Tensor) -> torch.Tensor:
+        """`Wt P`, (images, visual tokens, vision width), of H (images, instruction tokens, instruction width)."""
+        projected = nn.functional.gelu(self.instruction_projection(instruction_features))
+        return self.text_weight @ projected
+
+    def fused(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
+        """F, (images, visual tokens, vision width), of V and H; H is not read by an arm without text."""
+        fused = self.visual_weight @ vision_features + self.offset
+        if self.arm.text:
+            fused = fused + self.text_term(instruction_features)
+        return fused
+
+    def hidden(
+        self,
+        vision_features: torch.Tensor,
+        instruction_features: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the projector's activation is given, (images, visual tokens, hidden width)."""
+        hidden = self.projector.linear_1(self.fused(vision_features, instruction_features))
+        if self.arm.film:
+            end_tokens = instruction_features[torch.arange(len(ends)), ends]
+            gain, shift = self.film(end_tokens)[:, None].chunk(2, dim=-1)
+            hidden = hidden * (1 + gain) + shift
+        return hidden
+
+    def image_features(
+        self,
+        vision_features: torch.Tensor,
+        instruction_features: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        """Z averaged over squares of the grid, (images, K, text width).
+
+        Args:
+            vision_features: V, (images, visual tokens, vision width).
+            instruction_features: H, (images, instruction tokens, instruction width).
+            ends: index of each instruction's end token, (images,).
+        """
+        projector = self.projector
+        features = projector.linear_2(projector.act(self.hidden(vision_features, instruction_features, ends)))
+        block = self.side // self.pooled_side
+        grid = features.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
+        return grid.mean(dim=(2, 4)).flatten(1, 2)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor, is_image: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits (rows, tokens, vocabulary).
+
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: (rows, tokens).
+            images: the result of [`image_features`], (rows, K, text width).
+            is_image: (rows, tokens), true at K placeholders of each row.
+        """
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        embeddings = embeddings.masked_scatter(is_image[..., None], images)
+        outputs = self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        return self.lm_head(outputs.last_hidden_state)
+
+
+__all__ = ["ARMS", "CONSTANT_INSTRUCTION", "Arm", "ReplicationModel", "Row"]

@@ -1,0 +1,161 @@
+"""Training rows and test questions of the replication, the same for all arms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from ...data.conversations import IGNORE_INDEX, encode_conversation
+from ...model.instruction_emma import encode_instruction
+from ...model.processing_emma import EmmaProcessor
+from ..questions import ENDING, FAMILIES, QUESTION_FAMILIES, Question, ask, ask_all
+from ..rows import TEST_SEEDS, training_scene
+from ..scenes import Scene, SeededRandom
+from .arms import Arm
+
+# The test's scenes lie behind those of fifty evaluations of emma-tiny.
+TEST_SCENES = TEST_SEEDS + 500_000_000
+# The family of questions about the smallest thing of a scene.
+SMALLEST = "smallest"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question in tokens.
+
+    Args:
+        before: ids before the picture, the same for every question.
+        question: ids of the question alone.
+        after: ids behind the picture: question, answer, end of sequence.
+        answer: index in `after` at which the answer begins.
+        instruction: ids for the instruction encoder, (instruction length,).
+    """
+
+    before: list[int]
+    question: list[int]
+    after: list[int]
+    answer: int
+    instruction: list[int]
+
+
+def training_question(image: int, images: int, rng: SeededRandom) -> Question:
+    """A question of a random family about a training image."""
+    scene = training_scene(image, images)
+    while True:
+        question = ask(scene, rng, rng.choice(FAMILIES))
+        if question is not None:
+            return replace(question, text=question.text.removesuffix(ENDING))
+
+
+def smallest_question(scene: Scene, rng: SeededRandom) -> Question | None:
+    """A question about the color or the shape of the smallest thing, or None where no words mean it alone."""
+    smallest = min(scene.things, key=lambda thing: thing.radius)
+    choices = [
+        (family, names)
+        for family in ("colour", "shape")
+        for names, thing in scene.references
+        if thing is smallest and family not in names
+    ]
+    if not choices or len(scene.things) == 1:
+        return None
+    family, names = rng.choice(choices)
+    words = [getattr(smallest, name) for name in names] + ([] if "shape" in names else ["thing"])
+    text = rng.choice(QUESTION_FAMILIES[family].wordings).format(first=" ".join(words))
+    return Question(text, getattr(smallest, family).capitalize(), SMALLEST)
+
+
+def questions_of_test(scenes: int) -> list[tuple[int, Question]]:
+    """Index of the scene and question: one of every family that each test scene allows, and one about its smallest."""
+    questions = []
+    for index in range(scenes):
+        scene, rng = Scene.random(TEST_SCENES + index), SeededRandom((TEST_SCENES + index) << 32)
+        asked = [replace(each, text=each.text.removesuffix(ENDING)) for each in ask_all(scene, rng)]
+        smallest = smallest_question(scene, rng)
+        questions += [(index, question) for question in [*asked, *([smallest] if smallest else [])]]
+    return questions
+
+
+def swapped(questions: Sequence[Question]) -> list[str]:
+    """For each question the text of the next one of its family that is worded otherwise."""
+    texts: list[str] = []
+    for index, question in enumerate(questions):
+        others = (questions[(index + step) % len(questions)] for step in range(1, len(questions)))
+        same_family = (each.text for each in others if each.family == question.family and each.text != question.text)
+        texts.append(next(same_family, ""))
+    return texts
+
+
+def encode(question: Question, processor: EmmaProcessor) -> Encoded:
+    """A question and its answer in tokens."""
+    messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
+    input_ids, labels = encode_conversation(processor, messages, "vicuna_v1")
+    start = input_ids.index(processor.image_token_id)
+    end = start + processor.image_seq_length
+    answer = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+    return Encoded(
+        input_ids[:start],
+        processor.tokenizer(f" {question.text}\n", add_special_tokens=False)["input_ids"],
+        input_ids[end:],
+        answer - end,
+        encode_instruction(processor.instruction_tokenizer, question.text),
+    )
+
+
+@dataclass
+class TrainingRows:
+    """The rows of one seed: images in their order, and their questions.
+
+    Args:
+        images: index of each row's image.
+        encoded: each row's question.
+        others: for each row the row whose instruction it has in the arm with shuffled instructions.
+    """
+
+    images: list[int]
+    encoded: list[Encoded]
+    others: list[int]
+
+    @classmethod
+    def make(cls, seed: int, rows: int, images: int, processor: EmmaProcessor) -> "TrainingRows":
+        """The rows of a seed."""
+        chosen, encoded = [], []
+        for index in tqdm(range(rows), desc="questions", delay=2):
+            rng = SeededRandom((seed << 40) + index)
+            chosen.append(rng.integer(0, images - 1))
+            encoded.append(encode(training_question(chosen[-1], images, rng), processor))
+        return cls(chosen, encoded, SeededRandom((seed << 40) - 1).sample(range(rows), rows))
+
+
+def collate(
+    encoded: Sequence[Encoded], arm: Arm, tokens: int, processor: EmmaProcessor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prompts and answers, padded at their ends.
+
+    Returns:
+        `input_ids`, `attention_mask`, `is_image` and `labels`, each (rows, tokens).
+    """
+    rows, labels = [], []
+    for each in encoded:
+        before = [*each.before, *(each.question if arm.question_first else [])]
+        row = [*before, *[processor.image_token_id] * tokens, *each.after]
+        start = len(row) - len(each.after) + each.answer
+        rows.append(row)
+        labels.append([IGNORE_INDEX] * start + row[start:])
+    length = max(map(len, rows))
+    pad = processor.tokenizer.pad_token_id
+    input_ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    targets = torch.tensor([row + [IGNORE_INDEX] * (length - len(row)) for row in labels])
+    is_image = (input_ids == processor.image_token_id) & attention_mask.bool()
+    return input_ids, attention_mask, is_image, targets
+
+
+def instruction_ids(text: str, processor: EmmaProcessor) -> list[int]:
+    """Ids of an instruction, (instruction length,)."""
+    return encode_instruction(processor.instruction_tokenizer, text)
+
+
+def end_tokens(instructions: torch.Tensor, processor: EmmaProcessor) -> torch.Tensor:
+    """Index of the first end token of each row of ids (rows, instruction length)."""
+    return (instructions == processor.instruction_tokenizer.eos_token_id).int().argmax(-1)

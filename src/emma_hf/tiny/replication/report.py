@@ -1,0 +1,250 @@
+"""Tables and figures of the replication: arms compared question by question, seed by seed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...model.errors_emma import EmmaError
+from ...training.plots import figure_class
+from ..questions import FAMILIES
+from .arms import ARMS
+from .questions import SMALLEST, questions_of_test
+from .running import read_results
+
+RESAMPLES = 10_000
+SIGNIFICANCE = 0.05
+# Colors that remain apart for readers who confuse red and green (Okabe and Ito), on light and dark paper alike.
+COLORS = {
+    "A": "#999999", "B": "#56B4E9", "C": "#D55E00", "D": "#E69F00", "E": "#009E73", "F": "#0072B2", "G": "#CC79A7",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two conditions of the table whose answers are compared.
+
+    Args:
+        first: arm and instruction at test of what is expected to be better.
+        second: those of the other.
+        tokens: visual tokens.
+        primary: whether it was named as primary before the runs.
+    """
+
+    first: tuple[str, str]
+    second: tuple[str, str]
+    tokens: int
+    primary: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as `C - D`, with the instruction at test where it is not that of training."""
+        return " - ".join(arm if test == "as trained" else f"{arm} {test}" for arm, test in (self.first, self.second))
+
+
+# Written down before any row was run.
+COMPARISONS = (
+    Comparison(("C", "as trained"), ("D", "as trained"), 4, primary=True),
+    Comparison(("C", "as trained"), ("E", "as trained"), 4, primary=True),
+    *(
+        Comparison(("C", "as trained"), second, tokens)
+        for tokens in (4, 64)
+        for second in (("B", "as trained"), ("A", "as trained"), ("C", "swapped"))
+    ),
+    Comparison(("C", "as trained"), ("E", "as trained"), 64),
+)
+
+
+def compare(results: Sequence[dict[str, Any]], comparison: Comparison) -> dict[str, Any] | None:
+    """The difference of two conditions over the seeds that both have, or None where there is none.
+
+    Seeds and images are drawn anew together (a bootstrap over both: questions about one image are not independent).
+
+    Returns:
+        `difference`, `low` and `high` in points, `p` (two-sided), `seeds`, `questions`, and `effect`, the difference in
+        units of its standard deviation over seeds (not a number without one).
+    """
+    hits = [
+        _hits_by_seed(results, *condition, comparison.tokens) for condition in (comparison.first, comparison.second)
+    ]
+    seeds = sorted(set(hits[0]) & set(hits[1]))
+    if not seeds:
+        return None
+    scenes = results[0]["budget"]["scenes"]
+    asked = questions_of_test(scenes)
+    counted = np.array([question.family != SMALLEST for _, question in asked])
+    scene_of = np.array([scene for scene, _ in asked])[counted]
+    differences = np.array([hits[0][seed][counted].astype(float) - hits[1][seed][counted] for seed in seeds])
+    sums = np.stack([np.bincount(scene_of, row, minlength=scenes) for row in differences])
+    counts = np.bincount(scene_of, minlength=scenes)
+
+    rng = np.random.default_rng(0)
+    drawn = np.empty(RESAMPLES)
+    for index in range(RESAMPLES):
+        some_seeds, some_scenes = rng.integers(0, len(seeds), len(seeds)), rng.integers(0, scenes, scenes)
+        drawn[index] = sums[some_seeds][:, some_scenes].sum() / (len(seeds) * counts[some_scenes].sum())
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    by_seed = 100 * differences.mean(1)
+    spread = by_seed.std(ddof=1) if len(seeds) > 1 else 0.0
+    return {
+        "difference": float(by_seed.mean()),
+        "low": float(100 * np.quantile(drawn, SIGNIFICANCE / 2)),
+        "high": float(100 * np.quantile(drawn, 1 - SIGNIFICANCE / 2)),
+        "p": min(1.0, 2 * (int(tail) + 1) / (RESAMPLES + 1)),
+        "seeds": len(seeds),
+        "questions": int(counted.sum()),
+        "effect": float(by_seed.mean() / spread) if spread else float("nan"),
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values adjusted for their number (Holm 1979), in the same order."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def write_report(results_path: str | Path, folder: str | Path) -> str:
+    """Write `tables.md`, `accuracy.png` and `instruction.png` of a results file into a folder.
+
+    Returns:
+        The tables as Markdown.
+
+    Raises:
+        EmmaError: no result, or results of several budgets.
+        MissingPackageError: matplotlib is not installed.
+    """
+    figure_class()
+    results = read_results(results_path)
+    if not results:
+        raise EmmaError(
+            f"A report needs results: {results_path} holds none. Run `emma-hf tiny replicate ROW` or `--all` first."
+        )
+    if any(line["budget"] != results[0]["budget"] for line in results):
+        raise EmmaError(f"Rows of one budget can be compared: {results_path} holds several. Keep one of them.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"{_table_of_rows(results)}\n{_table_of_comparisons(results)}\n{_table_of_families(results)}"
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    _plot_accuracy(results, folder / "accuracy.png")
+    _plot_instruction(results, folder / "instruction.png")
+    return text
+
+
+def _hits_by_seed(results: Iterable[dict[str, Any]], arm: str, test: str, tokens: int) -> dict[int, np.ndarray]:
+    """Whether each question is right, by seed, of the rows of full depth and equal rates."""
+    return {
+        line["seed"]: np.array([digit == "1" for digit in line["hits"][test]])
+        for line in results
+        if (line["arm"], line["tokens"], line["depth"], line["rate"]) == (arm, tokens, 6, 1.0) and test in line["hits"]
+    }
+
+
+def _groups(results: Iterable[dict[str, Any]]) -> dict[tuple[int, int, str, float], list[dict[str, Any]]]:
+    """Lines by tokens, depth, arm and rate."""
+    groups: dict[tuple[int, int, str, float], list[dict[str, Any]]] = {}
+    for line in sorted(results, key=lambda line: (line["tokens"], line["depth"], line["arm"], line["rate"])):
+        groups.setdefault((line["tokens"], line["depth"], line["arm"], line["rate"]), []).append(line)
+    return groups
+
+
+def _mean(lines: Sequence[dict[str, Any]], test: str, family: str = "all") -> str:
+    values = [100 * line["accuracy"][test][family]["share"] for line in lines if test in line["accuracy"]]
+    if not values:
+        return "-"
+    return f"{np.mean(values):.1f}" + (f" ({np.std(values, ddof=1):.1f})" if len(values) > 1 else "")
+
+
+def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| tokens | layers | arm | rate of text | seeds | as trained | own | swapped | empty | images all right "
+        "| smallest thing | gate index | question's share of F | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (tokens, depth, arm, rate), group in _groups(results).items():
+        whole, smallest = (
+            100 * np.mean([line[name]["share"] for line in group]) for name in ("images_right", "smallest")
+        )
+        gates, share = (100 * np.mean([line[name] for line in group]) for name in ("gate_index", "question_share"))
+        minutes = np.mean([line["seconds"]["training"] for line in group]) / 60
+        tests = " | ".join(_mean(group, test) for test in ("as trained", "own", "swapped", "empty"))
+        lines.append(
+            f"| {tokens} | {depth} | {arm}: {ARMS[arm].title} | {rate:g} | {len(group)} | {tests} | {whole:.1f} "
+            f"| {smallest:.1f} | {gates:.2f}% | {share:.1f}% | {minutes:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
+    found = [(each, compare(results, each)) for each in COMPARISONS]
+    present = [(comparison, figures) for comparison, figures in found if figures is not None]
+    adjusted = holm([figures["p"] for _, figures in present])
+    lines = [
+        "| comparison | tokens | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (comparison, figures), p in zip(present, adjusted):
+        name = f"**{comparison.name}** (primary)" if comparison.primary else comparison.name
+        lines.append(
+            f"| {name} | {comparison.tokens} | {figures['seeds']} | {figures['difference']:+.1f} "
+            f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {figures['effect']:.1f} "
+            f"| {figures['p']:.4f} | {p:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _table_of_families(results: Sequence[dict[str, Any]]) -> str:
+    lines = [f"| tokens | layers | arm | rate of text | {' | '.join(FAMILIES)} |", "|---" * (4 + len(FAMILIES)) + "|"]
+    for (tokens, depth, arm, rate), group in _groups(results).items():
+        cells = " | ".join(_mean(group, "as trained", family) for family in FAMILIES)
+        lines.append(f"| {tokens} | {depth} | {arm} | {rate:g} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy of every arm, a point for each seed and their mean as a line, a panel for each number of tokens."""
+    groups = {key: group for key, group in _groups(results).items() if key[3] == 1.0}
+    panels = sorted({(tokens, depth) for tokens, depth, _, _ in groups})
+    figure = figure_class()(figsize=(2 + 3.6 * len(panels), 4.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for panel, (tokens, depth) in zip(axes, panels):
+        arms = [arm for arm in ARMS if (tokens, depth, arm, 1.0) in groups]
+        for place, arm in enumerate(arms):
+            values = [100 * line["accuracy"]["as trained"]["all"]["share"] for line in groups[tokens, depth, arm, 1.0]]
+            panel.plot([place] * len(values), values, "o", color=COLORS[arm], markersize=5)
+            panel.hlines(np.mean(values), place - 0.3, place + 0.3, color=COLORS[arm], linewidth=2.5)
+        panel.set_xticks(range(len(arms)), arms)
+        panel.set_title(f"{tokens} visual tokens, {depth} layers")
+        panel.grid(axis="y", alpha=0.3)
+        panel.margins(x=0.15)
+    axes[0].set_ylabel("right answers in % (the axis does not begin at 0)")
+    shown = sorted({arm for _, _, arm, _ in groups})
+    figure.supxlabel("\n".join(f"{arm}: {ARMS[arm].title}" for arm in shown), fontsize=8, x=0.02, ha="left")
+    figure.suptitle("Accuracy of each arm: a point for each seed, a line for their mean")
+    figure.savefig(path, dpi=150)
+
+
+def _plot_instruction(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """The stated comparisons with their intervals."""
+    found = [(each, compare(results, each)) for each in COMPARISONS]
+    present = [(comparison, figures) for comparison, figures in found if figures is not None]
+    figure = figure_class()(figsize=(8, 1.6 + 0.42 * max(1, len(present))), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#777777", linewidth=1)
+    for place, (comparison, figures) in enumerate(reversed(present)):
+        color = COLORS["C"] if comparison.primary else COLORS["F"]
+        axes.hlines(place, figures["low"], figures["high"], color=color, linewidth=2.5)
+        axes.plot(figures["difference"], place, "o", color=color)
+    labels = [f"{each.name}, {each.tokens} tokens{' (primary)' * each.primary}" for each, _ in reversed(present)]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("difference in points, with its 95% interval over seeds and images")
+    axes.set_title("What the instruction is worth: EMMA (C) against its controls")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+__all__ = ["COMPARISONS", "Comparison", "compare", "holm", "write_report"]

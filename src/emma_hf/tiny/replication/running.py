@@ -1,0 +1,389 @@
+"""Training and measuring the rows of the replication, and the file that their results are appended to."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ... import EMMA_TINY, __version__
+from ...data.conversations import IGNORE_INDEX
+from ...evaluation.statistics import share
+from ...model.errors_emma import EmmaError
+from ...model.modeling_emma import EmmaForConditionalGeneration
+from ...model.processing_emma import EmmaProcessor
+from ...storage.folders import read_json, write_json
+from ..drawing import draw
+from ..questions import FAMILIES
+from ..rows import vision_features
+from ..scenes import Scene, SeededRandom
+from .arms import ARMS, CONSTANT_INSTRUCTION, ReplicationModel, Row
+from .questions import (
+    SMALLEST,
+    TEST_SCENES,
+    Encoded,
+    TrainingRows,
+    collate,
+    encode,
+    end_tokens,
+    instruction_ids,
+    questions_of_test,
+    swapped,
+    training_question,
+)
+
+# More visual tokens make a step longer, and the start needs fewer of them: it was trained with all.
+FEW_TOKENS = 16
+# Questions that the gate index and the share of F are computed from.
+MEASURED_QUESTIONS = 256
+
+
+@dataclass(frozen=True)
+class ReplicationBudget:
+    """Length of the runs. A row of the table with the same budget and seed trains on the same questions in any arm.
+
+    Args:
+        images: images that all rows train on.
+        rows: questions of a run with at most [`FEW_TOKENS`] visual tokens; with more, half of them.
+        batch_size: questions of a step.
+        learning_rate: highest learning rate of AdamW.
+        scenes: test images, each with a question of every family that it allows.
+        mean_questions: questions over which the text term is averaged for the start.
+    """
+
+    images: int = 20_000
+    rows: int = 57_600
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    scenes: int = 300
+    mean_questions: int = 512
+
+    def steps(self, tokens: int) -> int:
+        """Steps of a run with so many visual tokens."""
+        return (self.rows if tokens <= FEW_TOKENS else self.rows // 2) // self.batch_size
+
+
+SMOKE = ReplicationBudget(images=64, rows=256, batch_size=32, scenes=16, mean_questions=64)
+
+
+def replicate(
+    rows: Sequence[Row], output: str | Path, work: str | Path, budget: ReplicationBudget | None = None
+) -> list[dict[str, Any]]:
+    """Train and measure rows, each appended to `output` when it is done; rows that are there already are left out.
+
+    Args:
+        rows: rows of the table.
+        output: JSON lines, a line for each row.
+        work: folder for what several rows need: features of the images, questions in tokens.
+        budget: length of the runs.
+
+    Returns:
+        The new lines.
+
+    Raises:
+        EmmaError: `output` holds one of the rows from another budget.
+    """
+    budget, output, work = budget or ReplicationBudget(), Path(output), Path(work)
+    known = {line["row"]: line for line in read_results(output)}
+    for row in rows:
+        if row.name in known and known[row.name]["budget"] != asdict(budget):
+            raise EmmaError(
+                f"The lines of {output} must be of one budget: row {row.name} has {known[row.name]['budget']}, asked "
+                f"for is {asdict(budget)}. Write to another file."
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in rows:
+        if row.name not in known:
+            lines.append(run_row(row, work, budget))
+            with open(output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    return lines
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a results file, none where there is no file.
+
+    Raises:
+        EmmaError: a line that is not JSON; the text names it.
+    """
+    path = Path(path)
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise EmmaError(f"Each line of {path} must be JSON: line {number} is not ({error}). Remove it.") from error
+    return lines
+
+
+def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
+    """Train one row and measure it. Returns its line."""
+    start = time.time()
+    torch.manual_seed(row.seed)
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
+    images = vision_features(tiny, processor, budget.images, work / f"vision_features-{budget.images}.f16")
+    model = ReplicationModel(tiny, row, mean_text_term(tiny, processor, budget))
+    training = _training_rows(row.seed, budget, processor, work)
+    losses = _train(model, tiny, row, training, images, budget, processor)
+    trained = time.time()
+    result = measure(model, tiny, row, budget, processor)
+    return {
+        "row": row.name,
+        "title": ARMS[row.arm].title,
+        **asdict(row),
+        "budget": asdict(budget),
+        "command": f"emma-hf tiny replicate {row.name}",
+        "versions": {"emma-hf": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        "machine": f"{_processor_name()}, {torch.get_num_threads()} threads",
+        "seconds": {"training": round(trained - start), "test": round(time.time() - trained)},
+        "loss": losses,
+        **result,
+    }
+
+
+def mean_text_term(
+    tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, budget: ReplicationBudget
+) -> torch.Tensor:
+    """Mean of `Wt P` over training questions, (visual tokens, vision width): what the arms' offset begins with."""
+    rng = SeededRandom(-1)
+    texts = [
+        training_question(rng.integer(0, budget.images - 1), budget.images, rng).text
+        for _ in range(budget.mean_questions)
+    ]
+    adaptation, total = tiny.model.modality_adaptation, torch.zeros(())
+    weight = adaptation.visual_alignment.weight[:, tiny.config.image_seq_length :]
+    with torch.no_grad():
+        for begin in range(0, len(texts), budget.batch_size):
+            batch = texts[begin : begin + budget.batch_size]
+            ids = torch.tensor([instruction_ids(text, processor) for text in batch])
+            features = tiny.model.get_instruction_features(ids)
+            projected = torch.nn.functional.gelu(adaptation.instruction_projection(features))
+            total = total + (weight @ projected).sum(0)
+    return total / len(texts)
+
+
+def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcessor, work: Path) -> TrainingRows:
+    """The rows of a seed, from the file that the first run with it wrote."""
+    path = work / f"questions-s{seed}-{budget.rows}-{budget.images}.json"
+    if not path.is_file():
+        made = TrainingRows.make(seed, budget.rows, budget.images, processor)
+        partial = path.with_suffix(".part")
+        write_json(
+            partial, {"images": made.images, "encoded": [vars(each) for each in made.encoded], "others": made.others}
+        )
+        partial.rename(path)
+    values = read_json(path)
+    return TrainingRows(values["images"], [Encoded(**each) for each in values["encoded"]], values["others"])
+
+
+def _train(
+    model: ReplicationModel,
+    tiny: EmmaForConditionalGeneration,
+    row: Row,
+    training: TrainingRows,
+    images: np.ndarray,
+    budget: ReplicationBudget,
+    processor: EmmaProcessor,
+) -> list[float]:
+    """Train, and return the mean loss of each twentieth of the steps, in nats per token."""
+    arm, steps, size = ARMS[row.arm], budget.steps(row.tokens), budget.batch_size
+    groups = model.parameter_groups(budget.learning_rate, row.rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+    warm_up = max(1, round(0.03 * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / steps))),
+    )
+    constant = instruction_ids(CONSTANT_INSTRUCTION, processor)
+    losses = []
+    for step in tqdm(range(steps), desc=row.name):
+        chosen = range(step * size, (step + 1) * size)
+        encoded = [training.encoded[index] for index in chosen]
+        ids = {
+            "own": [each.instruction for each in encoded],
+            "shuffled": [training.encoded[training.others[index]].instruction for index in chosen],
+            "constant": [constant] * size,
+        }[arm.instruction]
+        vision = torch.from_numpy(images[[training.images[index] for index in chosen]].astype(np.float32))
+        logits, labels = _logits(model, tiny, encoded, vision, torch.tensor(ids), processor)
+        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    parts = np.array_split(losses, min(20, len(losses)))
+    return [round(float(part.mean()), 4) for part in parts]
+
+
+def _logits(
+    model: ReplicationModel,
+    tiny: EmmaForConditionalGeneration,
+    encoded: Sequence[Encoded],
+    vision: torch.Tensor,
+    instructions: torch.Tensor,
+    processor: EmmaProcessor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of the next token."""
+    input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, processor)
+    features = model.image_features(vision, *_read(model, tiny, instructions, processor))
+    logits = model(input_ids, attention_mask, features, is_image)
+    return logits[:, :-1].transpose(1, 2), labels[:, 1:]
+
+
+def _read(
+    model: ReplicationModel, tiny: EmmaForConditionalGeneration, instructions: torch.Tensor, processor: EmmaProcessor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H and the end tokens of instructions; of no rows where the arm does not read them."""
+    if not (model.arm.text or model.arm.film):
+        return torch.empty(0), torch.empty(0, dtype=torch.long)
+    return tiny.model.get_instruction_features(instructions), end_tokens(instructions, processor)
+
+
+@torch.no_grad()
+def measure(
+    model: ReplicationModel,
+    tiny: EmmaForConditionalGeneration,
+    row: Row,
+    budget: ReplicationBudget,
+    processor: EmmaProcessor,
+) -> dict[str, Any]:
+    """Accuracy by family under each instruction, and how much the instruction moves.
+
+    An answer is right if every one of its tokens, the end of the sequence included, is the model's first choice after
+    those before it: the answer that greedy decoding gives.
+
+    Returns:
+        `accuracy` (instruction to family to share), `hits` (instruction to one digit for each question, 1 where it is
+        right), `images_right` (share of the images of which all questions are right), `smallest` (share of right
+        answers about the smallest thing), `gate_index` and `question_share`.
+    """
+    questions = questions_of_test(budget.scenes)
+    encoded = [encode(question, processor) for _, question in questions]
+    vision = _test_images(tiny, processor, budget.scenes)
+    instructions = _test_instructions([question for _, question in questions], row, processor)
+    hits: dict[str, list[bool]] = {}
+    for name, ids in instructions.items():
+        hits[name] = []
+        for begin in tqdm(range(0, len(encoded), budget.batch_size), desc=f"{row.name}, {name}", leave=False):
+            part = slice(begin, begin + budget.batch_size)
+            batch = vision[[scene for scene, _ in questions[part]]]
+            logits, labels = _logits(model, tiny, encoded[part], batch, ids[part], processor)
+            right = (logits.argmax(1) == labels) | (labels == IGNORE_INDEX)
+            hits[name] += right.all(-1).tolist()
+    trained = hits["as trained"]
+    whole = [
+        all(hit for hit, (index, question) in zip(trained, questions) if index == scene and question.family != SMALLEST)
+        for scene in range(budget.scenes)
+    ]
+    return {
+        "accuracy": {name: _by_family(each, questions) for name, each in hits.items()},
+        "hits": {name: "".join(str(int(hit)) for hit in each) for name, each in hits.items()},
+        "images_right": share(whole),
+        "smallest": share(h for h, (_, question) in zip(trained, questions) if question.family == SMALLEST),
+        **_moved(model, tiny, vision[[scene for scene, _ in questions]], instructions, processor),
+    }
+
+
+def _test_instructions(questions: list[Any], row: Row, processor: EmmaProcessor) -> dict[str, torch.Tensor]:
+    """Ids of the test's instructions (questions, instruction length), by the name of the condition."""
+    own = [question.text for question in questions]
+    order = SeededRandom(-2).sample(range(len(own)), len(own))
+    texts = {
+        "as trained": {
+            "own": own,
+            "shuffled": [own[index] for index in order],
+            "constant": [CONSTANT_INSTRUCTION] * len(own),
+        }[ARMS[row.arm].instruction]
+    }
+    if ARMS[row.arm].text or ARMS[row.arm].film:
+        texts |= {"own": own, "swapped": swapped(questions), "empty": [""] * len(own)}
+    return {name: torch.tensor([instruction_ids(text, processor) for text in each]) for name, each in texts.items()}
+
+
+def _by_family(hits: list[bool], questions: list[Any]) -> dict[str, dict[str, float]]:
+    """Share of right answers: of the eight families together, and of each."""
+    groups = {"all": FAMILIES, **{family: (family,) for family in FAMILIES}}
+    return {
+        name: share(hit for hit, (_, question) in zip(hits, questions) if question.family in families)
+        for name, families in groups.items()
+    }
+
+
+def _moved(
+    model: ReplicationModel,
+    tiny: EmmaForConditionalGeneration,
+    vision: torch.Tensor,
+    instructions: dict[str, torch.Tensor],
+    processor: EmmaProcessor,
+) -> dict[str, float]:
+    """How much another question of the same family moves.
+
+    Returns:
+        `gate_index`, the share of (token, hidden unit) pairs whose gate, the normal distribution function of what the
+        activation is given, moves by more than 0.5; and `question_share`, the mean of
+        `|Wt (P - mean P)| / |F|` over questions.
+    """
+    if "own" not in instructions:
+        return {"gate_index": 0.0, "question_share": 0.0}
+    vision = vision[:MEASURED_QUESTIONS]
+    own, other = (instructions[name][:MEASURED_QUESTIONS] for name in ("own", "swapped"))
+    gates = [torch.special.ndtr(model.hidden(vision, *_read(model, tiny, ids, processor))) for ids in (own, other)]
+    moved = {"gate_index": (gates[0] - gates[1]).abs().gt(0.5).float().mean().item(), "question_share": 0.0}
+    if model.arm.text:
+        features = tiny.model.get_instruction_features(own)
+        terms = model.text_term(features)
+        ratio = (terms - terms.mean(0)).flatten(1).norm(dim=1) / model.fused(vision, features).flatten(1).norm(dim=1)
+        moved["question_share"] = ratio.mean().item()
+    return moved
+
+
+def _test_images(tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, scenes: int) -> torch.Tensor:
+    """V of the test images, (scenes, visual tokens, vision width), in the precision of the training images'."""
+    features = []
+    for begin in tqdm(range(0, scenes, 64), desc="test images", leave=False):
+        images = [draw(Scene.random(TEST_SCENES + index)) for index in range(begin, min(scenes, begin + 64))]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features.append(tiny.get_vision_features(pixels).half().float())
+    return torch.cat(features)
+
+
+def _processor_name() -> str:
+    """Name of the CPU, where the system tells it."""
+    if os.path.isfile("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def planned_rows(names: Iterable[str] | None = None) -> list[Row]:
+    """The rows of the table, those of the primary comparison first; or the rows of names.
+
+    Five seeds of A to E with 4 visual tokens, two of F and G, three of A, B, C and E with 64, and two of C with 4 and
+    twice the rate of the text weights.
+    """
+    if names:
+        return [Row.parse(name) for name in names]
+    few = [Row(arm, 4, 6, seed) for seed in range(5) for arm in "BCDEA"]
+    bounds = [Row(arm, 4, 6, seed) for seed in range(2) for arm in "FG"]
+    rates = [Row("C", 4, 6, seed, 2.0) for seed in range(2)]
+    many = [Row(arm, 64, 6, seed) for seed in range(3) for arm in "ABCE"]
+    return [*few, *bounds, *rates, *many]
+
+
+__all__ = ["SMOKE", "ReplicationBudget", "measure", "planned_rows", "read_results", "replicate", "run_row"]

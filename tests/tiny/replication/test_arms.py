@@ -1,0 +1,139 @@
+"""The arms of the replication: one function at the start, and what each of them trains."""
+
+import pytest
+import torch
+
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.questions import Question
+from emma_hf.tiny.replication.arms import ARMS, ReplicationModel, Row
+from emma_hf.tiny.replication.questions import collate, encode, end_tokens
+from emma_hf.tiny.scenes import Scene
+
+QUESTIONS = [Question("How many things are there?", "3", "count"), Question("Is there a star?", "No", "existence")]
+
+
+@pytest.fixture(scope="module")
+def processor() -> EmmaProcessor:
+    return EmmaProcessor.from_pretrained(EMMA_TINY)
+
+
+def load() -> EmmaForConditionalGeneration:
+    return EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def build(arm: str, tokens: int = 4, depth: int = 6) -> tuple[ReplicationModel, EmmaForConditionalGeneration]:
+    tiny = load()
+    mean_text = 0.1 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    return ReplicationModel(tiny, Row(arm, tokens, depth), mean_text), tiny
+
+
+@torch.no_grad()
+def logits_of(model: ReplicationModel, tiny: EmmaForConditionalGeneration, processor: EmmaProcessor) -> torch.Tensor:
+    encoded = [encode(question, processor) for question in QUESTIONS]
+    pixels = processor.image_processor([draw(Scene.random(7)), draw(Scene.random(8))], return_tensors="pt")
+    vision = tiny.get_vision_features(pixels["pixel_values"]) if tiny else None
+    ids = torch.tensor([each.instruction for each in encoded])
+    input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor)
+    features = tiny.model.get_instruction_features(ids)
+    images = model.image_features(vision, features, end_tokens(ids, processor))
+    return model(input_ids, attention_mask, images, is_image)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+def test_all_arms_begin_as_the_same_function(tokens, processor):
+    logits = {arm: logits_of(*build(arm, tokens), processor) for arm in "ABCDEG"}
+    for arm in "BCDEG":
+        assert torch.allclose(logits[arm], logits["A"], atol=1e-5), arm
+    # The question before the picture is another prompt.
+    assert logits_of(*build("F", tokens), processor).shape[1] > logits["A"].shape[1]
+
+
+def test_the_start_is_emma_tiny_with_its_text_term_folded_into_an_offset(processor):
+    tiny = load()
+    adaptation = tiny.model.modality_adaptation
+    ids = torch.tensor([encode(question, processor).instruction for question in QUESTIONS])
+    with torch.no_grad():
+        projected = torch.nn.functional.gelu(
+            adaptation.instruction_projection(tiny.model.get_instruction_features(ids))
+        )
+        mean_text = (adaptation.visual_alignment.weight[:, 64:] @ projected).mean(0)
+        pixels = processor.image_processor([draw(Scene.random(7)), draw(Scene.random(8))], return_tensors="pt")
+        vision = tiny.get_vision_features(pixels["pixel_values"])
+        # Independently: the model's own fusion, with the text term's mean in place of each row's.
+        own = adaptation(vision, tiny.model.get_instruction_features(ids))
+        terms = adaptation.visual_alignment.weight[:, 64:] @ projected
+        expected = tiny.model.multi_modal_projector(own - terms + mean_text)
+        encoded = [encode(question, processor) for question in QUESTIONS]
+        input_ids, attention_mask, _, _ = collate(encoded, ARMS["A"], 64, processor)
+        outputs = tiny(input_ids=input_ids, attention_mask=attention_mask, image_features=expected)
+    model = ReplicationModel(tiny, Row("A", 64), mean_text)
+    logits = logits_of(model, tiny, processor)
+    assert torch.allclose(logits, outputs.logits, atol=1e-4)
+
+
+TRAINED = {
+    "A": set(),
+    "B": {"visual_weight", "offset"},
+    "C": {"visual_weight", "offset", "text_weight", "instruction_projection"},
+    "D": {"visual_weight", "offset", "text_weight", "instruction_projection"},
+    "E": {"visual_weight", "offset", "text_weight", "instruction_projection"},
+    "F": set(),
+    "G": {"visual_weight", "offset", "film"},
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_trains_what_the_table_says(arm):
+    model, tiny = build(arm)
+    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == TRAINED[arm] | {"projector", "language_model", "lm_head"}
+    assert not any(parameter.requires_grad for parameter in tiny.model.vision_tower.parameters())
+    assert not any(parameter.requires_grad for parameter in tiny.model.instruction_encoder.parameters())
+    groups = model.parameter_groups(1e-3, 2.0)
+    assert sum(len(group["params"]) for group in groups) == sum(each.requires_grad for each in model.parameters())
+    assert [group["lr"] for group in groups] == ([1e-3, 2e-3] if ARMS[arm].text else [1e-3])
+
+
+def test_visual_tokens_are_means_over_squares_of_the_grid():
+    model, _ = build("A", tokens=4)
+    whole, _ = build("A", tokens=64)
+    vision = torch.randn(1, 64, 128, generator=torch.Generator().manual_seed(1))
+    nothing = torch.empty(0)
+    with torch.no_grad():
+        pooled, every = (each.image_features(vision, nothing, nothing) for each in (model, whole))
+    rows = every.reshape(8, 8, -1)
+    expected = [rows[i : i + 4, j : j + 4].mean((0, 1)) for i in (0, 4) for j in (0, 4)]
+    assert torch.allclose(pooled[0], torch.stack(expected), atol=1e-5)
+
+
+def test_a_row_has_a_name():
+    row = Row("C", 4, 6, 3, 2.0)
+    assert row.name == "C-k4-d6-s3-r2"
+    assert Row.parse(row.name) == row
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("C4", "written ARM-kTOKENS-dDEPTH-sSEED-rRATE, such as C-k4-d6-s0-r1: got 'C4'"),
+        ("Z-k4-d6-s0-r1", "one of A, B, C, D, E, F, G: got 'Z'"),
+    ],
+)
+def test_a_row_that_does_not_exist_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        Row.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Row("A", 5), "a square whose root divides 8: got 5"),
+        (Row("A", 9), "a square whose root divides 8: got 9"),
+        (Row("A", 0), "a square whose root divides 8: got 0"),
+        (Row("A", 4, 7), "has 6 layers: got depth 7"),
+    ],
+)
+def test_a_row_that_cannot_be_built_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        ReplicationModel(load(), row, torch.zeros(64, 128))

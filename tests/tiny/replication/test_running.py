@@ -1,0 +1,146 @@
+"""Rows of the replication end to end, at toy size."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from emma_hf import EMMA_TINY, EmmaProcessor
+from emma_hf.cli import main
+from emma_hf.tiny.questions import FAMILIES, Question
+from emma_hf.tiny.replication.arms import ARMS, Row
+from emma_hf.tiny.replication.questions import (
+    SMALLEST,
+    TrainingRows,
+    collate,
+    encode,
+    questions_of_test,
+    smallest_question,
+    swapped,
+)
+from emma_hf.tiny.replication.running import ReplicationBudget, planned_rows, read_results, replicate
+from emma_hf.tiny.scenes import Scene, SeededRandom
+
+TOY = ReplicationBudget(images=16, rows=16, batch_size=4, scenes=4, mean_questions=8)
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replication")
+    rows = [Row("C"), Row("D")]
+    return rows, folder, replicate(rows, folder / "results.jsonl", folder / "work", TOY)
+
+
+def test_two_rows_are_trained_measured_and_kept(toy_run):
+    rows, folder, lines = toy_run
+    assert read_results(folder / "results.jsonl") == lines
+    asked = questions_of_test(TOY.scenes)
+    for row, line in zip(rows, lines, strict=True):
+        assert line["row"] == row.name
+        assert line["command"] == f"emma-hf tiny replicate {row.name}"
+        assert len(line["loss"]) == TOY.steps(4) == 4
+        assert line["hits"].keys() == {"as trained", "own", "swapped", "empty"}
+        hits = [digit == "1" for digit in line["hits"]["as trained"]]
+        assert len(hits) == len(asked)
+        # Each share, from the digits.
+        of_families = [hit for hit, (_, question) in zip(hits, asked) if question.family in FAMILIES]
+        assert line["accuracy"]["as trained"]["all"]["right"] == sum(of_families)
+        assert line["accuracy"]["as trained"]["all"]["of"] == len(of_families)
+        smallest = [hit for hit, (_, question) in zip(hits, asked) if question.family == SMALLEST]
+        assert (line["smallest"]["right"], line["smallest"]["of"]) == (sum(smallest), len(smallest))
+        by_scene = [
+            [hit for hit, (scene, question) in zip(hits, asked) if scene == index and question.family != SMALLEST]
+            for index in range(TOY.scenes)
+        ]
+        assert line["images_right"]["right"] == sum(map(all, by_scene))
+        assert 0 < line["question_share"] < 1
+    # Only C was trained with the question's own instruction.
+    assert lines[0]["hits"]["as trained"] == lines[0]["hits"]["own"]
+    assert lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_a_row_again_gives_the_same_numbers(toy_run, tmp_path):
+    rows, folder, lines = toy_run
+    (again,) = replicate(rows[:1], tmp_path / "results.jsonl", folder / "work", TOY)
+    assert (again["loss"], again["hits"]) == (lines[0]["loss"], lines[0]["hits"])
+
+
+def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
+    rows, folder, _ = toy_run
+    assert replicate(rows, folder / "results.jsonl", folder / "work", TOY) == []
+    with pytest.raises(ValueError, match=r"must be of one budget: row C-k4-d6-s0-r1 has .*'scenes': 4.*'scenes': 5"):
+        replicate(rows, folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"row": "A"}\n{"row": \n')
+    with pytest.raises(ValueError, match="line 2 is not"):
+        read_results(tmp_path / "results.jsonl")
+
+
+def test_arms_are_paired_by_seed_and_the_shuffled_instructions_are_other_rows():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    rows, again = (TrainingRows.make(3, 20, 16, processor) for _ in range(2))
+    assert rows == again
+    assert rows != TrainingRows.make(4, 20, 16, processor)
+    assert sorted(rows.others) == list(range(20))
+
+
+def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
+    questions = [question for _, question in questions_of_test(8)]
+    for question, text in zip(questions, swapped(questions), strict=True):
+        assert text != question.text
+        assert any(other.text == text and other.family == question.family for other in questions)
+
+
+def test_the_question_about_the_smallest_thing_means_it_alone():
+    asked = 0
+    for seed in range(60):
+        scene = Scene.random(seed)
+        question = smallest_question(scene, SeededRandom(seed))
+        if question is None:
+            continue
+        asked += 1
+        smallest = min(scene.things, key=lambda thing: thing.radius)
+        assert question.answer.lower() in (smallest.colour, smallest.shape)
+        assert question.answer.lower() not in question.text
+    assert asked > 20
+
+
+def test_prompts_hold_the_picture_once_and_labels_hold_the_answer():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    tokenizer = processor.tokenizer
+    questions = [Question("How many things are there?", "3", "count"), Question("Is there a red star?", "No", "")]
+    encoded = [encode(question, processor) for question in questions]
+    for arm in ("A", "F"):
+        input_ids, attention_mask, is_image, labels = collate(encoded, ARMS[arm], 4, processor)
+        assert is_image.sum(-1).tolist() == [4, 4]
+        for row, question in enumerate(questions):
+            ids = input_ids[row][attention_mask[row].bool() & ~is_image[row]].tolist()
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text.count(question.text) == (2 if arm == "F" else 1)
+            answer = tokenizer.decode([label for label in labels[row].tolist() if label >= 0])
+            assert answer.strip() == f"{question.answer}{tokenizer.eos_token}"
+
+
+def test_the_planned_rows():
+    rows = planned_rows()
+    assert len(rows) == len(set(rows)) == 25 + 4 + 2 + 12
+    assert {row.arm for row in rows[:5]} == set("ABCDE")
+    assert planned_rows(["G-k4-d6-s1-r1"]) == [Row("G", seed=1)]
+
+
+def test_the_command_runs_one_kind_of_job(capsys):
+    assert main(["tiny", "replicate"]) == 2
+    assert main(["tiny", "replicate", "--all", "--report"]) == 2
+    assert capsys.readouterr().err.count("takes one of ROW ..., `--all` and `--report`") == 2
+
+
+def test_the_command_reports(toy_run, capsys):
+    _, folder, lines = toy_run
+    assert main(["tiny", "replicate", "--report", "--output", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "**C - D** (primary)" in printed
+    share = 100 * lines[0]["accuracy"]["as trained"]["all"]["share"]
+    assert f"| C: EMMA | 1 | 1 | {share:.1f} |" in printed
+    assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k4-d6-s0-r1"
