@@ -45,6 +45,18 @@ HEADLINES = {
 }
 
 
+def test_the_documentation_names_every_task_with_its_files_and_their_source():
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for name, task in TASKS.items():
+        lines = [line for line in page.splitlines() if f"`{name}`" in line and "http" in line]
+        assert len(lines) == 1, name
+        for file, source in task.files.items():
+            # Files of one family are named by what differs.
+            assert f"`{file}`" in lines[0] or f"-{file.rpartition('-')[2]}`" in lines[0], file
+            address = next(part for part in source.replace(",", " ").split() if part.startswith("http"))
+            assert address in page
+
+
 @pytest.fixture(params=list(TASKS))
 def task(request) -> Task:
     if request.param in PARQUET:
