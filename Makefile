@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_COMPILE := 0
 
-.PHONY: ask test test-all test-newest test-slow test-torchao test-app test-kernels test-slow-kernels lint format clean \
+.PHONY: ask test test-all test-newest test-slow test-torchao test-app test-clients test-kernels test-slow-kernels lint format clean \
 	$(WHOLE:%=test-%) $(CORE:%=test-%) $(WHOLE:%=test-slow-%) $(WHOLE:%=test-torchao-%)
 
 # The main job: a picture and a question in, an answer out.
@@ -94,6 +94,21 @@ test-app: .venv/app/ready
 	grep -v ^pillow constraints.txt > .venv/app/constraints.txt
 	.venv/app/bin/python -m pip install -q -c .venv/app/constraints.txt torch
 	.venv/app/bin/python -m pip install -q -c .venv/app/constraints.txt transformers==$(VERSION_t5) -e ".[test-app]"
+	touch $@
+
+# Clients of OpenAI's protocol in an environment of their own, without torch; the server runs in t5's.
+test-clients: .venv/t5/ready .venv/clients/ready
+	EMMA_CLIENTS="$(abspath .venv/clients)" .venv/t5/bin/python -m pytest -m slow tests/serving/test_clients.py
+
+# pip would install the package and torch with an extra of it, so the extra's lines are read from pyproject.toml.
+.venv/clients/ready: pyproject.toml constraints.txt Makefile tests/serving/clients/package.json
+	$(PYTHON) -m venv --clear .venv/clients
+	.venv/clients/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print(*project['optional-dependencies']['test-clients'], sep='\n')" > .venv/clients/requirements.txt
+	.venv/clients/bin/python -m pip install -q -c constraints.txt -r .venv/clients/requirements.txt
+	mkdir .venv/clients/node
+	cp tests/serving/clients/package.json .venv/clients/node
+	if command -v npm; then cd .venv/clients/node && npm install --no-audit --no-fund; fi
 	touch $@
 
 # open_clip is the independent check of the instruction tokens; its own requirements (torchvision) are not wanted.

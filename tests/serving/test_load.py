@@ -1,14 +1,9 @@
 """A server under many clients, a third of them hostile: it stays answering, right, and small."""
 
 import base64
-import contextlib
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +16,7 @@ import pytest
 from PIL import Image
 from support.images import png_header
 from support.models import answer
+from support.serving import running_server
 
 from emma_hf import EMMA_TINY
 from emma_hf.inference import load_model
@@ -99,25 +95,6 @@ def hostile() -> list[tuple[int | None, bytes, int]]:
     ]
 
 
-@contextlib.contextmanager
-def server():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "emma_hf", "serve", "--port", "0", "--dtype", "float32", "--device", "cpu"],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        address = next(line for line in process.stderr if "answers at" in line).split()[-1]
-        # Its log must not fill the pipe.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(address.replace("/v1", "/health"), timeout=60):
-                break
-        yield address, process.pid
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
 @pytest.mark.slow
 @pytest.mark.once
 def test_hostile_clients_cost_the_others_nothing_but_time(hostile, tmp_path):
@@ -132,7 +109,7 @@ def test_hostile_clients_cost_the_others_nothing_but_time(hostile, tmp_path):
     cases = list(good)
     del model
 
-    with server() as (address, pid):
+    with running_server() as (address, pid):
         slowest, over = [], threading.Event()
 
         def watch() -> None:
