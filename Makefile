@@ -108,7 +108,7 @@ test-clients: .venv/t5/ready .venv/clients/ready
 	.venv/clients/bin/python -m pip install -q -c constraints.txt -r .venv/clients/requirements.txt
 	mkdir .venv/clients/node
 	cp tests/serving/clients/package.json .venv/clients/node
-	if command -v npm; then cd .venv/clients/node && npm install --no-audit --no-fund; fi
+	if command -v npm > /dev/null; then cd .venv/clients/node && npm install --no-audit --no-fund; fi
 	touch $@
 
 # open_clip is the independent check of the instruction tokens; its own requirements (torchvision) are not wanted.

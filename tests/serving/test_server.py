@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -541,24 +542,36 @@ def test_addresses_that_cannot_be_listened_to(capfd):
     assert "must be above 0: got 32 and 0." in capfd.readouterr().err
     assert main(["serve", "--max-megapixels", "40", "--max-request-megapixels", "39"]) == 2
     assert "must be at least `--max-megapixels`, 40: got 39." in capfd.readouterr().err
+    assert main(["serve", "--max-waiting-megabytes", "31"]) == 2
+    assert "`--max-waiting-megabytes` must be at least `--max-megabytes`, 32: got 31." in capfd.readouterr().err
 
 
 @serving
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "changed"),
     [
-        ([], (36_000_000, 72_000_000)),
-        (["--max-megapixels", "80"], (80_000_000, 80_000_000)),
-        (["--max-megapixels", "1", "--max-request-megapixels", "2"], (1_000_000, 2_000_000)),
+        ([], {}),
+        (["--max-megapixels", "80"], {"picture_pixels": 80_000_000, "request_pixels": 80_000_000}),
+        (
+            ["--max-megapixels", "1", "--max-request-megapixels", "2"],
+            {"picture_pixels": 1_000_000, "request_pixels": 2_000_000},
+        ),
+        (["--max-megabytes", "300"], {"request_bytes": 300 * 2**20, "waiting_bytes": 300 * 2**20}),
+        (
+            ["--max-waiting-megabytes", "64", "--remote-pictures"],
+            {"waiting_bytes": 64 * 2**20, "remote_pictures": True},
+        ),
     ],
 )
-def test_options_become_limits(options, expected, monkeypatch):
+def test_options_become_limits(options, changed, monkeypatch):
     seen = []
     monkeypatch.setattr("emma_hf.serving.server.serve", lambda *args: seen.append(args[-1]))
     assert main(["serve", "--port", "0", *options]) == 0
-    (limits,) = seen
-    assert (limits.picture_pixels, limits.request_pixels) == expected
-    assert (limits.request_bytes, limits.remote_pictures) == (32 * 2**20, False)
+    defaults = {
+        "request_bytes": 32 * 2**20, "picture_pixels": 36_000_000, "remote_pictures": False,
+        "request_pixels": 72_000_000, "fetch_seconds": 10, "waiting_bytes": 256 * 2**20, "receive_seconds": 60,
+    }  # fmt: skip
+    assert [dataclasses.asdict(limits) for limits in seen] == [defaults | changed]
 
 
 @serving

@@ -6,11 +6,11 @@ from ..model.errors_emma import EmmaError
 
 
 class RequestError(EmmaError):
-    """A request that cannot be answered, through no fault of the server.
+    """A request that is not answered, through no fault of the server.
 
     Args:
         message: the rule, what came instead, the remedy.
-        status: HTTP status, in the 400s.
+        status: HTTP status, in the 400s; 503 where the same request may be answered later.
         code: word for programs, as OpenAI names it.
         param: field of the request that is at fault.
     """

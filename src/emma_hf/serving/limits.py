@@ -42,7 +42,7 @@ PAGE_QUESTION_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for one request.
+    """Limits for one request, and for those that wait at once.
 
     Args:
         request_bytes: whole body, images included; also the sum of all images that are fetched for it.
@@ -51,6 +51,8 @@ class Limits:
             it can reach.
         request_pixels: sum over all images.
         fetch_seconds: deadline for fetching all images, redirects included.
+        waiting_bytes: sum over the bodies of all requests that were not answered yet, incomplete ones included.
+        receive_seconds: deadline for receiving the whole body.
     """
 
     request_bytes: int = 32 * 2**20
@@ -58,3 +60,5 @@ class Limits:
     remote_pictures: bool = False
     request_pixels: int = 72_000_000
     fetch_seconds: float = 10
+    waiting_bytes: int = 256 * 2**20
+    receive_seconds: float = 60

@@ -127,7 +127,7 @@ def build_app(
         (HTTPException, _http_error),
     ):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(ClientMiddleware, limit=limits.request_bytes)
+    app.add_middleware(ClientMiddleware, limits=limits)
     return app
 
 

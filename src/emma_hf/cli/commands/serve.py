@@ -19,6 +19,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one (default: 8000)")
     parser.add_argument("--name", help="model name that clients request (default: MODEL, of a path its last part)")
     parser.add_argument("--max-megabytes", type=float, default=32, metavar="N", help="largest request (default: 32)")
+    parser.add_argument(
+        "--max-waiting-megabytes",
+        type=float,
+        metavar="N",
+        help="all requests that wait at once (default: 256, or --max-megabytes where that is more)",
+    )
     parser.add_argument("--max-megapixels", type=float, default=36, metavar="N", help="largest image (default: 36)")
     parser.add_argument(
         "--max-request-megapixels",
@@ -40,11 +46,11 @@ def _check(args: argparse.Namespace) -> None:
             f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "
             f"{args.max_megapixels:g}."
         )
-    if args.max_request_megapixels is not None and args.max_request_megapixels < args.max_megapixels:
-        raise EmmaError(
-            f"`--max-request-megapixels` must be at least `--max-megapixels`, {args.max_megapixels:g}: got "
-            f"{args.max_request_megapixels:g}."
-        )
+    for whole, part in (("max_request_megapixels", "max_megapixels"), ("max_waiting_megabytes", "max_megabytes")):
+        most, least = getattr(args, whole), getattr(args, part)
+        if most is not None and most < least:
+            option, other = (f"`--{name.replace('_', '-')}`" for name in (whole, part))
+            raise EmmaError(f"{option} must be at least {other}, {least:g}: got {most:g}.")
     check_loading_arguments(args)
 
 
@@ -53,11 +59,13 @@ def _serve(args: argparse.Namespace) -> None:
     from ...serving import Limits, listen, serve
 
     image_pixels = int(args.max_megapixels * 1e6)
+    request_bytes = int(args.max_megabytes * 2**20)
     limits = Limits(
-        request_bytes=int(args.max_megabytes * 2**20),
+        request_bytes=request_bytes,
         picture_pixels=image_pixels,
         remote_pictures=args.remote_pictures,
         request_pixels=int((args.max_request_megapixels or 0) * 1e6) or max(Limits.request_pixels, image_pixels),
+        waiting_bytes=int((args.max_waiting_megabytes or 0) * 2**20) or max(Limits.waiting_bytes, request_bytes),
     )
     name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     # Before the weights, which take long: a port in use is reported at once.
