@@ -1,5 +1,5 @@
 """Benchmarks: tasks, metrics and how sure a figure is."""
 
-from .statistics import paired_difference, share
+from .statistics import paired_difference, paired_mean_difference, share
 
-__all__ = ["paired_difference", "share"]
+__all__ = ["paired_difference", "paired_mean_difference", "share"]

@@ -64,4 +64,33 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> dict[str
     }
 
 
-__all__ = ["paired_difference", "share"]
+def paired_mean_difference(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of `first` less that of `second`, of scores in [0, 1] of the same rows, and its 95% interval.
+
+    Scores that are all 0 or 1 have the interval of [`paired_difference`], others that of the normal distribution.
+
+    Returns:
+        `difference`, `low`, `high`, `of`, `only_first` and `only_second` (rows that one alone has higher).
+
+    Raises:
+        EmmaError: the numbers of rows differ, or there is none.
+    """
+    if all(score in (0, 1) for score in (*first, *second)) or len(first) != len(second):
+        return paired_difference([score == 1 for score in first], [score == 1 for score in second])
+    differences = [a - b for a, b in zip(first, second)]
+    count = len(differences)
+    mean = math.fsum(differences) / count
+    variance = math.fsum((each - mean) ** 2 for each in differences) / max(1, count - 1)
+    # Of one row nothing is known about the spread.
+    half = QUANTILE * math.sqrt(variance / count) if count > 1 else 1.0
+    return {
+        "difference": mean,
+        "low": max(-1.0, mean - half),
+        "high": min(1.0, mean + half),
+        "of": count,
+        "only_first": sum(each > 0 for each in differences),
+        "only_second": sum(each < 0 for each in differences),
+    }
+
+
+__all__ = ["paired_difference", "paired_mean_difference", "share"]

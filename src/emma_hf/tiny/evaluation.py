@@ -2,13 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..evaluation.runner import model_answerer, run_header, run_task
 from ..evaluation.statistics import share
+from ..evaluation.tasks.base import Figure, Sample, ScoredRow, Task
 from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -63,6 +67,68 @@ def answers(
     return predictions
 
 
+class TinyQuestions(Task):
+    """Fresh questions about drawn scenes, as a benchmark whose files are drawn.
+
+    Args:
+        count: number of questions.
+        seed: seed of scenes and questions.
+    """
+
+    name, title, files, max_new_tokens = "emma-tiny", "emma-tiny's fresh questions", {}, 8
+
+    def __init__(self, count: int = 5000, seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+
+    def read(self, folder: Path) -> list[Sample]:
+        return [
+            _sample(scene, question.text, question.answer, question.family)
+            for scene, question in fresh_questions(self.count, self.seed)
+        ]
+
+    def parse(self, answer: str, sample: Sample) -> str | None:
+        return answer or None
+
+    def score(self, parsed: str | None, sample: Sample) -> float:
+        return float(parsed is not None and is_right(parsed, sample.target))
+
+
+class TinyCaptions(Task):
+    """Captions of drawn scenes; one that names nothing that is not there scores 1.
+
+    Args:
+        count: number of captions.
+        seed: seed of the scenes.
+    """
+
+    name, title, files, max_new_tokens = "emma-tiny-captions", "emma-tiny's captions", {}, 96
+
+    def __init__(self, count: int = 500, seed: int = 0) -> None:
+        self.count, self.seed = count, seed
+
+    def read(self, folder: Path) -> list[Sample]:
+        last_seed = TEST_SEEDS + (self.seed + 1) * SEEDS_PER_EVALUATION - 1
+        scenes = [Scene.random(last_seed - index) for index in range(self.count)]
+        return [_sample(scene, caption_question(SeededRandom(scene.seed)), scene, "caption") for scene in scenes]
+
+    def parse(self, answer: str, sample: Sample) -> str | None:
+        return answer or None
+
+    def score(self, parsed: str | None, sample: Sample) -> float:
+        return float(parsed is not None and not _invented(sample.target, parsed)[0].count(True))
+
+    def figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
+        """The shares of [`hallucinations`]."""
+        shares = hallucinations([row.sample.target for row in rows], [row.answer for row in rows])
+        return {
+            name: Figure(each["share"], each["low"], each["high"], int(each["of"])) for name, each in shares.items()
+        }
+
+
+def _sample(scene: Scene, prompt: str, target: Any, family: str) -> Sample:
+    return Sample(str(scene.seed), (partial(draw, scene),), prompt, prompt, prompt, target, family)
+
+
 def evaluate_tiny(
     model: str | Path,
     questions: int = 5000,
@@ -92,15 +158,22 @@ def evaluate_tiny(
         figure_class()
     processor = EmmaProcessor.from_pretrained(model)
     loaded = EmmaForConditionalGeneration.from_pretrained(model, **load).eval()
+
+    def ask_all(task: Task) -> list[ScoredRow]:
+        answerer = model_answerer(loaded, processor, task.max_new_tokens)
+        samples, columns = task.load(Path()), ("own",)
+        header = run_header(task, samples, columns)
+        with tempfile.TemporaryDirectory() as folder:
+            run = run_task(task, samples, columns, lambda: answerer, Path(folder), header, batch_size=64)
+        return list(run.rows["own"]) if run else []
+
     sample = fresh_questions(questions, seed)
-    predictions = answers(loaded, processor, [(scene, question.text) for scene, question in sample])
+    predictions = [row.answer for row in ask_all(TinyQuestions(questions, seed))]
     right = [is_right(prediction, question.answer) for prediction, (_, question) in zip(predictions, sample)]
     result = {"accuracy": accuracy(sample, right), "yes_no": yes_no(sample, predictions)}
     if captions:
-        last_seed = TEST_SEEDS + (seed + 1) * SEEDS_PER_EVALUATION - 1
-        scenes = [Scene.random(last_seed - i) for i in range(captions)]
-        requests = [(scene, caption_question(SeededRandom(scene.seed))) for scene in scenes]
-        result["captions"] = hallucinations(scenes, answers(loaded, processor, requests, max_new_tokens=96))
+        rows = ask_all(TinyCaptions(captions, seed))
+        result["captions"] = hallucinations([row.sample.target for row in rows], [row.answer for row in rows])
     if output is not None:
         _write(Path(output), result, sample, predictions, right)
     return result
@@ -146,23 +219,26 @@ def hallucinations(scenes: list[Scene], captions: list[str]) -> dict[str, Any]:
 
     A thing is its color and shape, as in "a small red star"; one that is named twice must be there twice.
     """
-    hallucinated: list[bool] = []
-    any_hallucinated: list[bool] = []
-    named: list[bool] = []
-    for scene, text in zip(scenes, captions):
-        unnamed = [thing.pair for thing in scene.things]
-        before = len(hallucinated)
-        for _, color, shape in _NAMED.findall(text.lower()):
-            hallucinated.append((color, shape) not in unnamed)
-            if not hallucinated[-1]:
-                unnamed.remove((color, shape))
-        any_hallucinated.append(any(hallucinated[before:]))
-        named += [False] * len(unnamed) + [True] * (len(scene.things) - len(unnamed))
+    found = [_invented(scene, text) for scene, text in zip(scenes, captions)]
+    hallucinated = [each for invented, _ in found for each in invented]
+    any_hallucinated = [any(invented) for invented, _ in found]
+    named = [each for _, named in found for each in named]
     return {
         "named things that are not there": share(hallucinated),
         "captions that name such a thing": share(any_hallucinated),
         "things that are named": share(named),
     }
+
+
+def _invented(scene: Scene, text: str) -> tuple[list[bool], list[bool]]:
+    """Of each thing that a caption names whether it is not there, and of each thing there whether it is named."""
+    unnamed = [thing.pair for thing in scene.things]
+    invented: list[bool] = []
+    for _, color, shape in _NAMED.findall(text.lower()):
+        invented.append((color, shape) not in unnamed)
+        if not invented[-1]:
+            unnamed.remove((color, shape))
+    return invented, [False] * len(unnamed) + [True] * (len(scene.things) - len(unnamed))
 
 
 def table(result: dict[str, Any]) -> str:
