@@ -3,6 +3,7 @@
 import re
 
 from emma_hf.evaluation.published import MARK, PUBLISHED
+from emma_hf.evaluation.tasks import TASKS
 from emma_hf.hub.model_card import TEMPLATE
 
 
@@ -19,7 +20,8 @@ def test_they_are_the_cards():
     }
 
 
-def test_each_has_a_word_on_how_it_was_made():
+def test_each_has_a_task_and_a_word_on_how_it_was_made():
     assert MARK == "printed in the paper, not measured here"
     for each in PUBLISHED:
+        assert each.task in TASKS, each.benchmark
         assert re.search(r"\.$", each.made), each.benchmark

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.benchmark_files import perfect_answer, task_of, write_benchmark
 from support.benchmark_stubs import StubTask, always, run_stub, samples
 from support.processes import run_processes, run_python
 
 from emma_hf import EMMA_TINY
 from emma_hf.evaluation.answer_files import MERGED, PART
-from emma_hf.evaluation.instructions import instructions_of
+from emma_hf.evaluation.instructions import columns_of, instructions_of
+from emma_hf.evaluation.report import summarize
 from emma_hf.evaluation.runner import Processes, evaluate
+from emma_hf.evaluation.tasks import TASKS
 from emma_hf.model.errors_emma import EmmaError
 from emma_hf.tiny.evaluation import TinyQuestions
 
@@ -179,6 +182,36 @@ def test_notes_say_what_an_instruction_cannot_do(tmp_path):
 def test_mistakes_are_told_before_a_model_is_looked_for(tmp_path):
     with pytest.raises(EmmaError, match=r"needs questions.txt in .*, which has none. Get it from https://example.org"):
         evaluate("no/such-model", StubTask(), tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_from_its_files_to_its_report(name, tmp_path):
+    """Perfect and constant answers get through answer files and columns what the task says of them."""
+    if name.startswith(("mmmu", "muirbench")):
+        pytest.importorskip("pyarrow")
+    task = task_of(name)
+    write_benchmark(name, tmp_path / "data")
+    asked = task.load(tmp_path / "data")
+    answers = {"perfect": perfect_answer, "yes": lambda _: "Yes.", "no": lambda _: "no", "A": lambda _: "A"}
+    for label, answer in answers.items():
+        answerer = always(lambda sample, text, answer=answer: answer(sample))
+        run = run_stub(tmp_path / label, answerer, task, asked, batch_size=2)
+        expected = task.summarize([task.answered(sample, answer(sample)) for sample in asked])
+        # One instruction for all questions, as FOIL has it, cannot be swapped.
+        assert set(run.rows) == {"own", "empty", *(["swapped"] if len(run.notes) == 0 else [])}
+        assert all(task.summarize(rows) == expected for rows in run.rows.values())
+        assert not run.unreadable
+    summary = summarize(run)
+    assert {key: row["value"] for key, row in summary["figures"]["empty"].items()} == {
+        key: figure.value for key, figure in expected.items()
+    }
+    assert all(each["task"] in name for each in summary["published"])
+    # The authors' way of asking and scoring.
+    asked = task.load(tmp_path / "data", authors=True)
+    columns = columns_of(None, authors=True)
+    run = run_stub(tmp_path / "authors", always("A"), task, asked, columns, header={"authors_rule": True})
+    scored = task.authors_figures([task.answered(sample, "A") for sample in asked])
+    assert summarize(run)["by the authors' scoring"].get("authors", {}).keys() == scored.keys()
 
 
 # Runs whose process is killed when some more answers are on disk, each in a fork of one process that has imported all

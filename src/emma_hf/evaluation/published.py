@@ -8,8 +8,8 @@ from dataclasses import dataclass
 # Of every printed figure in a report.
 MARK = "printed in the paper, not measured here"
 SOURCES = (
-    "EMMA-7B: arXiv 2410.02080. LLaVA-1.5-7B: arXiv 2310.03744 and the model zoo of its repository, but for those of "
-    "MathVista and FOIL, which EMMA's paper prints."
+    "EMMA-7B: arXiv 2410.02080. LLaVA-1.5-7B: arXiv 2310.03744 and the model zoo of its repository; those of MathVista "
+    "and FOIL are EMMA's paper's, that of AMBER is AMBER's."
 )
 
 
@@ -19,7 +19,7 @@ class Published:
 
     Attributes:
         benchmark: as the paper names it.
-        task: the task of this package.
+        task: the task of this package; its variants have names that begin with it.
         emma: EMMA-7B's, or None where its paper has none that is known here.
         llava: LLaVA-1.5-7B's, or None.
         figure: the figure of the task's summary that is nearest; empty where none can be compared.
@@ -49,19 +49,20 @@ PUBLISHED = (
     Published("GQA", "gqa", 56.01, 62.0, made=_TRAINED),
     Published("OKVQA", "okvqa", 68.57, made=f"The repository has no script for it. {_TRAINED}"),
     Published("TextVQA", "textvqa", llava=58.2, made="LLaVA's prompt holds the OCR tokens of the image."),
-    Published("MMB-EN", "mmbench-en", 66.44, 64.3, made=_MMBENCH),
-    Published("MMB-CN", "mmbench-cn", 60.15, 58.3, made=_MMBENCH),
+    Published("MMB-EN", "mmbench-en", 66.44, 64.3, "circular accuracy", made=_MMBENCH),
+    Published("MMB-CN", "mmbench-cn", 60.15, 58.3, "circular accuracy", made=_MMBENCH),
     Published("MMMU", "mmmu", 35.44, made="By the exact letter, so that open questions are nearly never right."),
     Published(
         "MathVista",
         "mathvista",
         25.1,
         21.1,
+        figure="",
         made="The released script shows the model no image, takes one of five hints as the instruction, and looks for "
         "the truth anywhere in the answer.",
     ),
     Published("MuirBench", "muirbench", 32.0, made="Several images are pasted into one."),
-    Published("POPE", "pope", llava=85.9, figure="F1", made="The mean F1 of the three samplings."),
+    Published("POPE", "pope", llava=85.9, figure='F1 of "yes"', made="The mean F1 of the three samplings."),
     Published("AMBER attribute", "amber-discriminative", 26.15, figure="", made=_AMBER.format(perfect="0.0")),
     Published("AMBER relation", "amber-discriminative", 37.34, figure="", made=_AMBER.format(perfect="21.9")),
     Published(
@@ -83,6 +84,7 @@ PUBLISHED = (
         "foil",
         66.13,
         50.08,
+        figure="",
         made="On a selection of rows that was not published, in a random order without a seed; by its code these are "
         "rows that a model had wrong, which biases against it. The instruction is one sentence for all questions.",
     ),

@@ -10,7 +10,6 @@ from ..training.plots import figure_class
 from .published import MARK, PUBLISHED, SOURCES, Published
 from .runner import Run
 from .statistics import paired_mean_difference
-from .tasks.base import Figure, ScoredRow
 
 # Samples with unreadable images that the Markdown names; the JSON names all.
 NAMED = 20
@@ -27,7 +26,6 @@ def summarize(run: Run) -> dict[str, Any]:
         "questions": len(run.rows[first]),
         "figures": _by_column(run, run.task.summarize),
         "by the authors' scoring": _by_column(run, run.task.authors_figures) if run.header["authors_rule"] else {},
-        "by kind": _by_column(run, _by_kind),
         "differences": {
             f"{first} - {rule}": paired_mean_difference(
                 [row.score for row in run.rows[first]], [row.score for row in rows]
@@ -68,11 +66,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['questions']} questions to {run.get('model', 'a model')}, emma-hf {run['version']}"
         f"{settings and ', '}{settings}. In percent, with 95% intervals.",
         "",
-        *_figures_table("figure", summary["figures"]),
+        *_figures_table(summary["figures"]),
     ]
-    for heading, first in (("by the authors' scoring", "figure"), ("by kind", "kind")):
-        if summary[heading]:
-            lines += ["", f"## {heading[0].upper()}{heading[1:]}", "", *_figures_table(first, summary[heading])]
+    if summary["by the authors' scoring"]:
+        lines += ["", "## By the authors' scoring", "", *_figures_table(summary["by the authors' scoring"])]
     lines += _differences(summary["differences"])
     lines += _unreadable(summary)
     if summary["notes"]:
@@ -87,29 +84,27 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    figures, kinds = summary["figures"], summary["by kind"]
-    names = [(figures, name) for name in next(iter(figures.values()))]
-    names += [(kinds, name) for name in next(iter(kinds.values()), {})]
+    figures = summary["figures"]
+    names = list(next(iter(figures.values())))
     figure = figure_class("evaluation")(figsize=(8, 1.6 + 0.16 * len(names) * (len(figures) + 1)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(figures)
     for number, (rule, color) in enumerate(zip(figures, COLORS)):
-        rows = [source[rule][name] for source, name in names]
+        rows = [figures[rule][name] for name in names]
         values = [100 * row["value"] for row in rows]
         errors = [[100 * abs(row["value"] - row[end]) for row in rows] for end in ("low", "high")]
         places = [index + (number - (len(figures) - 1) / 2) * height for index in range(len(rows))]
         axes.barh(places, values, 0.9 * height, xerr=errors, color=color, ecolor="#222222", capsize=2, label=rule)
-    printed = {name: index for index, (source, name) in enumerate(names) if source is figures}
     for model, marker in (("emma", "D"), ("llava", "s")):
         points = [
-            (each[model], printed[each["figure"]])
+            (each[model], names.index(each["figure"]))
             for each in summary["published"]
-            if each["figure"] in printed and each[model] is not None
+            if each["figure"] in names and each[model] is not None
         ]
         if points:
             label = f"{'EMMA-7B' if model == 'emma' else 'LLaVA-1.5-7B'}, {MARK}"
             axes.plot(*zip(*points), marker, color="black", markerfacecolor="none", label=label)
-    axes.set_yticks(range(len(names)), [name for _, name in names])
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="percent, with 95% intervals", xlim=(0, 100), title=f"{summary['title']}: instruction by rule")
     axes.grid(axis="x", alpha=0.3)
@@ -124,21 +119,13 @@ def _by_column(run: Run, function: Any) -> dict[str, dict[str, dict[str, float]]
     return columns if any(columns.values()) else {}
 
 
-def _by_kind(rows: Sequence[ScoredRow]) -> dict[str, Figure]:
-    """The mean score of each kind, where there are several."""
-    kinds: dict[str, list[float]] = {}
-    for row in rows:
-        kinds.setdefault(row.sample.kind, []).append(row.score)
-    return {kind: Figure.of_values(scores) for kind, scores in kinds.items()} if len(kinds) > 1 else {}
-
-
 def _published(run: Run) -> Iterator[Published]:
-    return (each for each in PUBLISHED if each.task == run.task.name)
+    return (each for each in PUBLISHED if run.task.name.startswith(each.task))
 
 
-def _figures_table(first: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _figures_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
     names = next(iter(columns.values()))
-    lines = [f"| {' | '.join([first, *columns, 'of'])} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| {' | '.join(['figure', *columns, 'of'])} |", "|---" * (len(columns) + 2) + "|"]
     for name, figure in names.items():
         cells = [
             f"{100 * row['value']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
