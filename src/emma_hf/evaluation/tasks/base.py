@@ -159,8 +159,8 @@ class Task(ABC):
         """The score of one answer in [0, 1]; 0 for `None`."""
 
     def figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
-        """The benchmark's own figures, the headline first: here the mean score, of all rows and of each kind."""
-        return {"accuracy": Figure.of_values([row.score for row in rows]), **by_kind(rows)}
+        """The benchmark's own figures, the headline first: here the mean score. Each kind's is the report's to give."""
+        return {"accuracy": Figure.of_values([row.score for row in rows])}
 
     def compared(self, figures: Mapping[str, Figure]) -> list[str]:
         """The names of the figures that are also given for a constant answer."""
@@ -194,14 +194,4 @@ class Task(ABC):
         return figures
 
 
-def by_kind(rows: Sequence[ScoredRow], name: str = "accuracy") -> dict[str, Figure]:
-    """The mean score of each kind in the order of their names; none where all rows are of one kind."""
-    kinds = sorted({row.sample.kind for row in rows})
-    if len(kinds) < 2:
-        return {}
-    return {
-        f"{name}, {kind}": Figure.of_values([row.score for row in rows if row.sample.kind == kind]) for kind in kinds
-    }
-
-
-__all__ = ["Figure", "ImageSource", "Sample", "ScoredRow", "Task", "by_kind"]
+__all__ = ["Figure", "ImageSource", "Sample", "ScoredRow", "Task"]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ...model.errors_emma import EmmaError
 from .answers import LETTERS, first_line, lettered, option_lines, parse_letter
-from .base import Figure, ImageSource, Sample, ScoredRow, Task, by_kind
+from .base import Figure, ImageSource, Sample, ScoredRow, Task
 from .files import Row, image_of_base64, image_of_bytes, read_json, read_objects, read_parquet, read_table
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -141,14 +141,11 @@ class MMBench(LetterTask):
         questions: dict[str, list[ScoredRow]] = {}
         for row in rows:
             questions.setdefault(row.sample.extra["question"], []).append(row)
-        # A question is a row of its own whose score is that of its worst rotation.
-        circular = [min(rotations, key=lambda row: row.score) for rotations in questions.values()]
         first = [row.score == 1 for row in rows if row.sample.extra["rotation"] == 0]
         return {
-            "circular accuracy": Figure.of_values([row.score for row in circular]),
+            "circular accuracy": Figure.of_hits(all(row.score == 1 for row in group) for group in questions.values()),
             "accuracy over all rotations": Figure.of_hits(row.score == 1 for row in rows),
             "accuracy of the first order": Figure.of_hits(first),
-            **by_kind(circular, "circular accuracy"),
         }
 
 
