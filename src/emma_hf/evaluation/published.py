@@ -67,7 +67,7 @@ PUBLISHED = (
     Published("AMBER relation", "amber-discriminative", 37.34, figure="", made=_AMBER.format(perfect="21.9")),
     Published(
         "AMBER existence",
-        "amber",
+        "amber-discriminative",
         94.50,
         figure="",
         made="The answer to all of its questions is no, so that a model that always says no has 100.",
@@ -76,8 +76,7 @@ PUBLISHED = (
         "AMBER, all yes/no",
         "amber-discriminative",
         llava=72.0,
-        figure="",
-        made="From AMBER's own page, with AMBER's script.",
+        made="The accuracy on AMBER's own page, by AMBER's script.",
     ),
     Published(
         "FOIL",
