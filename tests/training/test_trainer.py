@@ -1,4 +1,4 @@
-"""The trainer: the recorded batch's loss and gradients, rates, order of rows, sample answers and the loss plot."""
+"""The trainer: the recorded batch's loss and gradients, rates, order of rows and sample answers."""
 
 import json
 import logging
@@ -6,7 +6,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support.recorded import GRADIENTS, authors_loss, recorded_inputs, recorded_labels
 from support.rows import save_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -14,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.model.compat_emma import TRANSFORMERS_5
-from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswersCallback, plot_loss, prepare
+from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswersCallback, prepare
 
 
 def arguments(folder, **kwargs) -> TrainingArguments:
@@ -281,18 +280,3 @@ def test_what_was_skipped_is_reported_at_the_end(trainable, processor, reference
     logger.removeHandler(caplog.handler)
     assert "1 of 8 rows were skipped:\nRow 5 of rows.json: " in caplog.text
     assert "gone.png" in caplog.text
-
-
-def test_the_loss_is_drawn(tmp_path):
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "grad_norm": 1.0}, {"step": 2, "eval_loss": 1.5}]
-    plot_loss(history, tmp_path / "loss.png")
-    picture = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).reshape(-1, 3).astype(int)
-    # Both curves are there, in matplotlib's first two colours.
-    for colour in ((31, 119, 180), (255, 127, 14)):
-        assert (np.abs(picture - colour).sum(-1) < 10).sum() > 100
-    plot_loss(history, tmp_path / "loss.svg", unit="bits per token", title="Stage 1")
-    text = (tmp_path / "loss.svg").read_text()
-    # matplotlib writes each text beside its outlines.
-    assert all(f"<!-- {words} -->" in text for words in ("Stage 1", "optimizer step", "loss (bits per token)"))
-    with pytest.raises(ValueError, match="There is no loss to draw"):
-        plot_loss([{"step": 1, "train_runtime": 2.0}], tmp_path / "none.png")

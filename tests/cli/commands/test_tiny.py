@@ -1,7 +1,9 @@
 """`emma-hf tiny`: what it refuses."""
 
 import pytest
+from support.processes import run_python
 
+import emma_hf.tiny
 from emma_hf.cli import main
 
 
@@ -17,3 +19,18 @@ from emma_hf.cli import main
 def test_mistakes_are_told(arguments, message, capsys):
     assert main(["tiny", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_drawing_a_scene_imports_no_trainer():
+    # As the command does, which imports Transformers itself, later.
+    code = "import sys; sys.argv = ['emma-hf']; from emma_hf.tiny import Scene, caption, draw; print(*sys.modules)"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert not {"emma_hf.training", "matplotlib", "torch", "transformers"} & set(done.stdout.split())
+
+
+def test_the_trainer_and_the_evaluation_of_emma_tiny_are_imported_when_asked_for():
+    assert emma_hf.tiny.train_tiny is emma_hf.tiny.training.train_tiny
+    assert emma_hf.tiny.evaluate_tiny is emma_hf.tiny.evaluation.evaluate_tiny
+    with pytest.raises(AttributeError, match="'emma_hf.tiny' has no attribute 'unknown'"):
+        emma_hf.tiny.unknown  # noqa: B018
