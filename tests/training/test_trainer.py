@@ -8,10 +8,18 @@ import pytest
 import torch
 from support.recorded import GRADIENTS, authors_loss, recorded_inputs, recorded_labels
 from support.rows import save_rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from emma_hf import EmmaForConditionalGeneration
+from emma_hf import EmmaError, EmmaForConditionalGeneration
 from emma_hf.data import ConversationDataset, DataCollator
+from emma_hf.model.chat_template_emma import SYSTEM_PROMPT
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.training import EmmaTrainer, ModalityLengthSampler, SampleAnswersCallback, prepare
 
@@ -280,3 +288,111 @@ def test_what_was_skipped_is_reported_at_the_end(trainable, processor, reference
     logger.removeHandler(caplog.handler)
     assert "1 of 8 rows were skipped:\nRow 5 of rows.json: " in caplog.text
     assert "gone.png" in caplog.text
+
+
+@pytest.fixture
+def rows_of_many_kinds(tmp_path, processor, reference):
+    """Rows with an image, without one, of two images in a turn, and of two turns with an image each."""
+    turns = [
+        (["photo.jpg"], ["<image>\nWhat is this?", "A person."]),
+        ([], ["Hello there", "Good morning."]),
+        (["wide.png", "photo.jpg"], ["<image>\n<image>\nWhich of the two is wider, the first or the second?", "One."]),
+        (["tiny.png", "palette.png"], ["<image>\nWhat is it?", "A dot.", "<image>\nAnd this?", "Colors."]),
+    ]
+    rows = [
+        {
+            "image": images,
+            "conversations": [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)],
+        }
+        for images, texts in turns
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return ConversationDataset(path, processor, reference / "images")
+
+
+def generated(model, processor, rows, index: int, **kwargs) -> list[int]:
+    """Answer to the first question of a row, from a prompt that the processor makes of its words alone."""
+    conversation, images = rows.conversation(index)
+    question = conversation[0]["value"]
+    prompt = f"{SYSTEM_PROMPT} USER: {question} ASSISTANT:"
+    # In training the whole turn is the instruction, and of a row of several turns the shortest.
+    words = min((message["value"].replace("<image>\n", "") for message in conversation[::2]), key=len)
+    inputs = processor(
+        images=images[: question.count("<image>")] or None, text=prompt, instructions=words, return_tensors="pt"
+    )
+    return model.generate(**inputs, **kwargs)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture
+def attentive(trainable):
+    """A model with weights so large that its answers depend on images, instructions and questions."""
+    model = EmmaForConditionalGeneration.from_pretrained(trainable)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or "visual" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("stage", "rows_at_once"), [("finetune", 1), ("lora", 4)])
+def test_predicted_answers_are_what_generate_says(
+    attentive, processor, rows_of_many_kinds, tmp_path, stage, rows_at_once
+):
+    rows = rows_of_many_kinds
+    model = prepare(attentive, stage, lora_r=2).eval()
+    free = [generated(model, processor, rows, index, max_new_tokens=7) for index in range(4)]
+    # An answer that ends before the others do.
+    end = free[0][2]
+    config = GenerationConfig(eos_token_id=[2, end], pad_token_id=0, max_new_tokens=7, do_sample=False)
+    expected = [generated(model, processor, rows, index, generation_config=config) for index in range(4)]
+    assert len({tuple(answer) for answer in expected}) == 4
+    assert 0 < expected[0].index(end) < 6
+
+    def exact(prediction) -> dict[str, float]:
+        return {"exact": float((prediction.predictions == seen.predictions).all())}
+
+    trainer = EmmaTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path), predict_with_generate=True, generation_config=config, report_to="none",
+            use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=rows_at_once,
+        ),
+        eval_dataset=rows,
+        data_collator=DataCollator(processor),
+    )  # fmt: skip
+    seen = trainer.predict(rows)
+    for answer, ids in zip(expected, seen.predictions, strict=True):
+        assert ids[ids != -100].tolist() == answer
+        assert (ids[len(answer) :] == -100).all()
+    labels = [processor.tokenizer.decode(ids[ids != -100]) for ids in seen.label_ids]
+    assert labels == ["A person.</s>", "Good morning.</s>", "One.</s>", "A dot.</s>"]
+    trainer.compute_metrics = exact
+    metrics = trainer.evaluate()
+    assert metrics["eval_exact"] == 1.0
+    # The loss is that of every answer, as without generation.
+    trainer.args.predict_with_generate, trainer.compute_metrics = False, None
+    assert trainer.predict(rows).metrics["test_loss"] == metrics["eval_loss"] == seen.metrics["test_loss"]
+
+
+def test_the_length_and_the_beams_of_answers_are_arguments(attentive, processor, rows_of_many_kinds, tmp_path):
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=3, generation_num_beams=2,
+        report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    answers = EmmaTrainer(model=attentive, args=args, data_collator=DataCollator(processor)).predict(rows_of_many_kinds)
+    expected = [
+        generated(attentive, processor, rows_of_many_kinds, index, max_new_tokens=3, num_beams=2) for index in range(4)
+    ]
+    assert answers.predictions.tolist() == expected
+
+
+def test_a_trainer_that_would_generate_behind_the_answers_is_refused(trainable, processor, mixed, tmp_path):
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), predict_with_generate=True, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    model = EmmaForConditionalGeneration.from_pretrained(trainable)
+    trainer = Seq2SeqTrainer(model=model, args=args, data_collator=DataCollator(processor))
+    with pytest.raises(EmmaError, match="holds its answer already: pass the prompt alone. .*EmmaTrainer"):
+        trainer.predict(mixed)

@@ -1,8 +1,12 @@
-"""Batches of training rows."""
+"""Batches of training rows, and the prompts in them."""
+
+from functools import partial
 
 import torch
 
+from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
+from ..model.modeling_emma import IMAGE_INPUTS
 from ..model.processing_emma import EmmaProcessor
 from .conversations import IGNORE_INDEX
 
@@ -28,8 +32,45 @@ class DataCollator:
             "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORE_INDEX),
         }
-        for name in ("pixel_values", "vision_features", "instruction_input_ids"):
+        for name in IMAGE_INPUTS:
             rows = [item[name] for item in items if name in item]
             if rows:
                 batch[name] = torch.cat(rows)
         return batch
+
+
+def split_first_answers(
+    batch: dict[str, torch.Tensor], config: EmmaConfig
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Split a batch of [`DataCollator`] into the prompts of the rows' first answers, and these answers.
+
+    What follows the first answer, such as later turns and their images, belongs to neither. A row without labels is a
+    prompt as a whole.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels` (batch, tokens), and the images and instructions of all rows.
+        config: config of the model, which knows the placeholders.
+
+    Returns:
+        The prompts as `generate` takes them, `input_ids` and `attention_mask` (batch, tokens) padded at the left with
+        their images and instructions, and the ids of the answers (batch, tokens) padded with -100.
+    """
+    prompts, answers, kept, images = [], [], [], 0
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
+        ids, labels = ids[mask], labels[mask]
+        start = int((labels == IGNORE_INDEX).long().cumprod(0).sum())
+        length = int((labels[start:] != IGNORE_INDEX).long().cumprod(0).sum())
+        prompts.append(ids[:start])
+        answers.append(labels[start : start + length])
+        is_image = ids == config.image_token_index
+        kept += range(images, images + int(is_image[:start].sum()) // config.image_seq_length)
+        images += int(is_image.sum()) // config.image_seq_length
+    # Padding that the mask hides can be any id but a placeholder's.
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    inputs = {
+        "input_ids": pad(prompts, padding_side="left"),
+        "attention_mask": pad([torch.ones_like(prompt) for prompt in prompts], padding_side="left"),
+    }
+    if kept:
+        inputs |= {name: batch[name][kept] for name in IMAGE_INPUTS if name in batch}
+    return inputs, pad(answers, padding_value=IGNORE_INDEX)

@@ -670,6 +670,11 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Inputs of one generation step. An image goes in exactly where the step's tokens hold its placeholders."""
+        if kwargs.get("labels") is not None:
+            raise EmmaError(
+                "`generate` continues a prompt, and one with `labels` holds its answer already: pass the prompt alone. "
+                "To generate in an evaluation, use `emma_hf.training.EmmaTrainer`, as docs/training.md says."
+            )
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         images = {name: value for name, value in images.items() if value is not None}
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

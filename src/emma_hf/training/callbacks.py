@@ -8,8 +8,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..data.collator import DataCollator
-from ..data.conversations import IGNORE_INDEX
+from ..data.collator import DataCollator, split_first_answers
 from ..data.datasets import TrainingDataset
 from ..model.processing_emma import EmmaProcessor
 
@@ -68,23 +67,10 @@ class SampleAnswersCallback(TrainerCallback):
 
     @torch.no_grad()
     def _answer(self, model: Any, row: int) -> dict[str, str]:
-        item = self.dataset[row]
-        has_label = item["labels"] != IGNORE_INDEX
-        first = int(has_label.nonzero()[0])
-        # The first answer only, with the images before it: in a longer row the next user turn follows.
-        length = int((~has_label[first:]).nonzero()[0]) if not has_label[first:].all() else len(has_label) - first
-        prompt = {"input_ids": item["input_ids"][:first], "labels": item["labels"][:first]}
-        placeholders = int((prompt["input_ids"] == self.processor.image_token_id).sum())
-        if images := placeholders // self.processor.image_seq_length:
-            prompt |= {name: item[name][:images] for name in item if name not in prompt}
-        batch = self.collate([prompt])
-        del batch["labels"]
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        batch = {
-            name: value.to(model.device, dtype if value.is_floating_point() else None) for name, value in batch.items()
-        }
-        tokens = model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)[0, first:]
-        expected = item["labels"][first : first + length]
+        batch = {name: value.to(model.device) for name, value in self.collate([self.dataset[row]]).items()}
+        prompt, expected = split_first_answers(batch, model.config)
+        tokens = model.generate(**prompt, max_new_tokens=self.max_new_tokens, do_sample=False)
+        new_tokens = tokens[0, prompt["input_ids"].shape[1] :]
         decode = self.processor.tokenizer.decode
-        texts = [decode(ids.tolist(), skip_special_tokens=True).strip() for ids in (expected, tokens)]
+        texts = [decode(ids.tolist(), skip_special_tokens=True).strip() for ids in (expected[0], new_tokens)]
         return {"expected": texts[0], "answer": texts[1]}

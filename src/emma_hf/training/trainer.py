@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 
+from ..data.collator import split_first_answers
 from ..data.conversations import IGNORE_INDEX
 from ..integrations.liger import register_with_liger
+from ..model.modeling_emma import is_sharded
 from .callbacks import SkippedRowsCallback
 from .sampler import ModalityLengthSampler
 from .stages import parameter_groups
@@ -19,6 +21,12 @@ class EmmaTrainer(Trainer):
 
     `args.use_liger_kernel` applies Liger's kernels ([`emma_hf.integrations.liger`]). At the end of training it logs
     which rows a dataset with `on_error="skip"` left out. A plain `Trainer` trains EMMA too, without these.
+
+    With `args=Seq2SeqTrainingArguments(predict_with_generate=True)` it answers: `predict`, and `evaluate` where
+    `compute_metrics` is given, generate the first answer of each row from what stands before it. Predictions are the
+    ids of these answers and `label_ids` those of the expected ones, both (rows, tokens) padded with -100; the loss is
+    that of all answers. Of the arguments, `generation_config` takes the place of the model's, `generation_max_length`
+    is the maximum length of an answer in tokens, and `generation_num_beams` the number of beams.
 
     Args:
         projector_learning_rate: learning rate of projector and modality adaptation. Default: `args.learning_rate`.
@@ -64,6 +72,40 @@ class EmmaTrainer(Trainer):
             )
             self.optimizer_cls_and_kwargs = (optimizer_class, {**options, "params": groups})
         return super().create_optimizer(*args)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """`Trainer.prediction_step`, which generates where the arguments say so; see [`EmmaTrainer`]."""
+        # A field of `Seq2SeqTrainingArguments`.
+        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only or generates, ignore_keys)
+        if not generates:
+            return loss, logits, labels
+        prompts, expected = split_first_answers(self._prepare_inputs(inputs), self.model.config)
+        kwargs = self._generation_kwargs()
+        with self.compute_loss_context_manager():
+            tokens = self.model.generate(**prompts, **kwargs)
+        answers = tokens[:, prompts["input_ids"].shape[1] :]
+        configs = (kwargs.get("generation_config"), self.model.generation_config)
+        end = next((config.eos_token_id for config in configs if config and config.eos_token_id is not None), [])
+        is_end = torch.isin(answers, torch.tensor(end, device=answers.device))
+        return loss, answers.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORE_INDEX), expected
+
+    def _generation_kwargs(self) -> dict[str, Any]:
+        """Keywords of `generate`, from `Seq2SeqTrainingArguments`."""
+        args: Any = self.args
+        kwargs = {"max_new_tokens": args.generation_max_length, "num_beams": args.generation_num_beams}
+        if args.generation_config is not None:
+            kwargs["generation_config"] = Seq2SeqTrainer.load_generation_config(args.generation_config)
+        if any(map(is_sharded, self.model.parameters())):
+            # Every process gathers weights until the longest answer of all is complete.
+            kwargs["synced_gpus"] = True
+        return {name: value for name, value in kwargs.items() if value is not None}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
