@@ -54,6 +54,10 @@ ALLOWED = {
     ("serving/server.py", "_build_completion"): "likewise",
     ("tiny/recipe.py", "_get_train_sampler"): "where `Trainer` asks for the order of rows",
     ("training/trainer.py", "_get_train_sampler"): "likewise",
+    (
+        "training/trainer.py",
+        "_is_accelerate_prepared",
+    ): "an evaluation leaves it, and then no DDP is put around the model",
     ("integrations/liger.py", "_patch_rms_norm_module"): "Liger's public functions replace the norms of every model",
     ("integrations/liger.py", "_patch_swiglu_module"): "likewise, the MLPs",
     ("integrations/vllm_model.py", "_apply_hf_processor_main"): VLLM,

@@ -5,11 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
-from support.processes import OFFLINE, run_processes
+from support.answering_run import answer_and_train
+from support.models import make_attentive
+from support.processes import OFFLINE, WITH_SUPPORT, run_processes, run_python
 from support.rows import save_rows
 
+from emma_hf.model.chat_template_emma import SYSTEM_PROMPT
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.modeling_emma import EmmaForConditionalGeneration
 from emma_hf.training.checkpoints import incomplete_checkpoints
@@ -17,6 +22,7 @@ from emma_hf.training.checkpoints import incomplete_checkpoints
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # `torchrun -m emma_hf train`, and so with `accelerate launch`.
 TRAIN = ("-m", "emma_hf", "train")
+RUN = "from support.answering_run import main; main()"
 SHARDED = Path(__file__).parents[1] / "support" / "sharded_run.py"
 
 
@@ -99,3 +105,49 @@ def test_sharded_weights_have_the_curve_of_one_process(options, tmp_path, engine
     assert len((two / "sample_answers.jsonl").read_text().splitlines()) == 6
     # What was saved by every process together is one model.
     EmmaForConditionalGeneration.from_pretrained(two)
+
+
+@pytest.mark.slow
+def test_two_processes_answer_and_train_as_one_does(trainable, processor, reference, tmp_path):
+    model = make_attentive(EmmaForConditionalGeneration.from_pretrained(trainable))
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    # One process has all images, two of them in a row, and the other has none.
+    rows = [
+        (["photo.jpg"], "<image>\nWhat is this?", "A person."),
+        ([], "Hello there", "Good morning."),
+        (["wide.png", "photo.jpg"], "<image>\n<image>\nWhich is wider?", "One."),
+        ([], "Who?", "I."),
+        (["tiny.png"], "<image>\nWhat?", "A dot."),
+        ([], "Where?", "Here and there."),
+    ]
+    rows = [
+        {"image": images, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        for images, question, answer in rows
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    paths = (tmp_path, tmp_path / "model", reference / "images")
+    # The first answer ends at once, that of the other process does not.
+    inputs = processor(
+        images=reference / "images" / "photo.jpg",
+        text=f"{SYSTEM_PROMPT} USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt",
+    )  # fmt: skip
+    end = int(model.eval().generate(**inputs, max_new_tokens=1)[0, -1])
+    one = answer_and_train(*paths, end, sharded=False, processes=1)
+    assert one["answers"][0].tolist() == [end] + [-100] * 5
+    assert (one["answers"][1] != -100).all()
+    assert len({tuple(answer) for answer in one["answers"].tolist()}) == len(rows) - 1
+
+    done = run_python(RUN, *paths, str(end), PYTHONPATH=WITH_SUPPORT)
+    assert done.returncode == 0, done.stderr
+    sharded, two = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("sharded", "ddp"))
+    for name in ("answers", "expected"):
+        np.testing.assert_array_equal(sharded[name], one[name])
+        np.testing.assert_array_equal(two[name], one[name])
+    assert two["training_loss"] == pytest.approx(one["training_loss"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=0, msg=name)
+    np.testing.assert_array_equal(two["labels"], one["labels"])
+    has_label = one["labels"] != -100
+    np.testing.assert_allclose(two["logits"][has_label], one["logits"][has_label], atol=1e-3)
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)

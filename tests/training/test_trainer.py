@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from support.models import make_attentive
 from support.recorded import GRADIENTS, authors_loss, recorded_inputs, recorded_labels
 from support.rows import save_rows
 from transformers import (
@@ -326,14 +327,7 @@ def generated(model, processor, rows, index: int, **kwargs) -> list[int]:
 
 @pytest.fixture
 def attentive(trainable):
-    """A model with weights so large that its answers depend on images, instructions and questions."""
-    model = EmmaForConditionalGeneration.from_pretrained(trainable)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 or "visual" in name:
-                parameter.normal_(0, 0.3, generator=generator)
-    return model.eval()
+    return make_attentive(EmmaForConditionalGeneration.from_pretrained(trainable)).eval()
 
 
 @pytest.mark.parametrize(("stage", "rows_at_once"), [("finetune", 1), ("lora", 4)])
@@ -378,13 +372,18 @@ def test_predicted_answers_are_what_generate_says(
 
 def test_the_length_and_the_beams_of_answers_are_arguments(attentive, processor, rows_of_many_kinds, tmp_path):
     args = Seq2SeqTrainingArguments(
-        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=3, generation_num_beams=2,
+        output_dir=str(tmp_path), predict_with_generate=True, generation_max_length=5, generation_num_beams=4,
         report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     answers = EmmaTrainer(model=attentive, args=args, data_collator=DataCollator(processor)).predict(rows_of_many_kinds)
-    expected = [
-        generated(attentive, processor, rows_of_many_kinds, index, max_new_tokens=3, num_beams=2) for index in range(4)
-    ]
+    expected, greedy = (
+        [
+            generated(attentive, processor, rows_of_many_kinds, row, max_new_tokens=5, num_beams=beams)
+            for row in range(4)
+        ]
+        for beams in (4, 1)
+    )
+    assert expected != greedy
     assert answers.predictions.tolist() == expected
 
 

@@ -55,7 +55,8 @@ def split_first_answers(
         The prompts as `generate` takes them, `input_ids` and `attention_mask` (batch, tokens) padded at the left with
         their images and instructions, and the ids of the answers (batch, tokens) padded with -100.
     """
-    prompts, answers, kept, images = [], [], [], 0
+    prompts, answers, images = [], [], 0
+    kept: list[int] = []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
         ids, labels = ids[mask], labels[mask]
         start = int((labels == IGNORE_INDEX).long().cumprod(0).sum())

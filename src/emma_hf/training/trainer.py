@@ -55,6 +55,15 @@ class EmmaTrainer(Trainer):
         self.group_by_modality = group_by_modality
         self.add_callback(SkippedRowsCallback(self))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, here also in several processes after an evaluation."""
+        shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.accelerator.use_distributed and not shards and self.model_wrapped is self.model:
+            # An evaluation marks the model as prepared. accelerate puts no DDP around a model that is, and each process
+            # would train a model of its own.
+            self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """Create the optimizer that the arguments name, with the groups of [`emma_hf.training.parameter_groups`]."""
         if self.optimizer is None:
@@ -86,14 +95,15 @@ class EmmaTrainer(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only or generates, ignore_keys)
         if not generates:
             return loss, logits, labels
-        prompts, expected = split_first_answers(self._prepare_inputs(inputs), self.model.config)
+        batch = {name: value.to(self.args.device) for name, value in inputs.items()}
+        prompts, expected = split_first_answers(batch, self.model.config)
         kwargs = self._generation_kwargs()
         with self.compute_loss_context_manager():
             tokens = self.model.generate(**prompts, **kwargs)
         answers = tokens[:, prompts["input_ids"].shape[1] :]
         configs = (kwargs.get("generation_config"), self.model.generation_config)
-        end = next((config.eos_token_id for config in configs if config and config.eos_token_id is not None), [])
-        is_end = torch.isin(answers, torch.tensor(end, device=answers.device))
+        ends = [config.eos_token_id for config in configs if config and config.eos_token_id is not None]
+        is_end = torch.isin(answers, torch.tensor(ends[0] if ends else [], device=answers.device))
         return loss, answers.masked_fill(is_end.cumsum(1) > is_end.long(), IGNORE_INDEX), expected
 
     def _generation_kwargs(self) -> dict[str, Any]:
