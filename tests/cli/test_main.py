@@ -12,7 +12,7 @@ import pytest
 
 from emma_hf.cli import main
 
-COMMANDS = ["ask", "chat", "serve", "convert", "export", "push", "train", "tiny"]
+COMMANDS = ["ask", "chat", "serve", "convert", "export", "push", "train", "evaluate", "analyze", "tiny"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What each token adds to the fused features F: by weights alone, by weights and values, and by leaving it out.
 
-Letters as in `vision_path.py`. A norm is the Euclidean norm of a token's vector, and of several tokens that of all their
-numbers.
+Letters as in `vision_path.py`. A norm is the Euclidean norm of a token's vector, and of several tokens that of all
+their numbers.
 """
 
 from collections.abc import Sequence

@@ -17,8 +17,8 @@ CONSTANT = "Describe the picture."
 OFF_DOMAIN = "The committee postponed its decision about the annual budget."
 OWN, SAME_KIND, OTHER_KIND, ANY_OTHER = (
     "own",
-    "another question, same kind",
-    "another question, other kind",
+    "another question of the same kind",
+    "another question of another kind",
     "another question",
 )
 MEAN, REMOVED = "mean text term", "text term removed"

@@ -1,9 +1,10 @@
 """Mutual information and cosine between visual tokens and the answer, as the authors' `eval_redun.py` computes them.
 
 A pair of vectors is one estimate: its channels are the samples, and the estimator is scikit-learn's
-`mutual_info_regression` (Kraskov's, three nearest neighbors). Their script takes the answer's first token, which is the start token, the same for
-every answer; here its mean over the answer's tokens stands beside it. Neither is evidence without the controls: a rise
-from V to F that F shows with another question's instruction too has nothing to do with the question.
+`mutual_info_regression` (Kraskov's, three nearest neighbors). Their script takes the answer's first token, which is the
+start token, the same for every answer; here the mean over the answer's tokens stands beside it. Neither is evidence
+without the controls: a rise from V to F that F shows with another question's instruction too has nothing to do with the
+question.
 """
 
 import random
@@ -62,7 +63,7 @@ def redundancy(path: VisionPath, sample: Sample, seed: int = 0, progress: bool =
     Returns:
         `mutual_information` and `cosine`: by the answer's vector (`start token`, as the authors' script has it, and
         `mean over tokens`, each also with the answers shuffled) and by stage (V; `mixed image`, F without any text; F
-        with the own question, with another's, and with the mean text), each a list of values of all pairs.
+        with the own question, with another's, and with the mean text), for each question the values of its tokens.
         `class_cosine`: by stage, of all tokens with the image's class token.
 
     Raises:
@@ -89,11 +90,17 @@ def redundancy(path: VisionPath, sample: Sample, seed: int = 0, progress: bool =
         other = path.instruction_ids([other_instructions(rows, seed)[index]])
         for stage, tokens in _stages(path, sample, image, index, path.instruction_tokens(other)[0]).items():
             result["class_cosine"][stage] += cosine(tokens, sample.class_tokens[image]).tolist()
-            few = tokens[sorted(random.Random(f"{seed} {index}").sample(range(len(tokens)), min(TOKENS, len(tokens))))]
+            few = tokens[chosen_tokens(len(tokens), seed, len(rows))[index]]
             for answer, vector in vectors.items():
-                result["mutual_information"][answer][stage] += channel_information(few, vector).tolist()
-                result["cosine"][answer][stage] += cosine(few, vector).tolist()
+                result["mutual_information"][answer][stage].append(channel_information(few, vector).tolist())
+                result["cosine"][answer][stage].append(cosine(few, vector).tolist())
     return result
+
+
+def chosen_tokens(tokens: int, seed: int, rows: int) -> list[list[int]]:
+    """The visual tokens of each row for which mutual information is estimated."""
+    rng = random.Random(seed)
+    return [sorted(rng.sample(range(tokens), min(TOKENS, tokens))) for _ in range(rows)]
 
 
 def _stages(path: VisionPath, sample: Sample, image: int, index: int, other: torch.Tensor) -> dict[str, torch.Tensor]:

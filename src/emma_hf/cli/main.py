@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..model.errors_emma import EmmaError
-from .commands import ask, convert, evaluate, hub, serve, tiny, train
+from .commands import analyze, ask, convert, evaluate, hub, serve, tiny, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions that run, and exit")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
-    for module in (ask, serve, convert, hub, train, evaluate, tiny):
+    for module in (ask, serve, convert, hub, train, evaluate, analyze, tiny):
         module.add_commands(commands)
     args, remainder = parser.parse_known_args(argv)
     if args.run is train.run:

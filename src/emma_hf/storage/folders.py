@@ -29,13 +29,18 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         EmmaError: `output` exists.
     """
     output = Path(output)
-    if output.exists():
-        raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
+    refuse_existing(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(output.parent, output.name) as folder:
         folder.chmod(0o755)
         yield folder
         folder.rename(output)
+
+
+def refuse_existing(output: str | Path) -> None:
+    """Raise `EmmaError` where `output` exists; a long run calls this at its beginning."""
+    if Path(output).exists():
+        raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
 
 
 @contextmanager
