@@ -21,7 +21,7 @@ from emma_hf.analysis import (
     mutual_information,
     write_report,
 )
-from emma_hf.analysis.page import page
+from emma_hf.analysis.html_page import page
 
 
 @pytest.fixture(scope="module")

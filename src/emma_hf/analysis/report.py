@@ -13,15 +13,15 @@ from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import is_quantized
 from ..storage.folders import new_folder, write_json
 from ..training.plots import figure_class
+from .conclusions import verdict
 from .contributions import effective, leave_one_out, moved_by, question_map, term_shares, weights
 from .counterfactuals import compare_instructions
 from .figures import draw_all
 from .gates import gate_index, variance_split
+from .html_page import page
 from .instruction_length import cut_words, wordiness
 from .mutual_information import estimator, redundancy
-from .page import page
 from .questions import Row, TooFewQuestionsError, other_instructions
-from .verdict import verdict
 from .vision_path import Sample, VisionPath, encode
 
 # Pictures that are shown where the user names none.

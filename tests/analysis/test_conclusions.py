@@ -2,8 +2,8 @@
 
 import pytest
 
+from emma_hf.analysis.conclusions import dependence, verdict
 from emma_hf.analysis.counterfactuals import ANY_OTHER, MEAN, OTHER_KIND, OWN, REMOVED
-from emma_hf.analysis.verdict import dependence, verdict
 from emma_hf.evaluation import paired_difference, share
 
 
