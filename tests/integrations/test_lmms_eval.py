@@ -22,6 +22,7 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.inference.instruction_rules import CONSTANT, swap_instructions
 from emma_hf.tiny.scenes import Scene
 from emma_hf.tiny.drawing import draw
 
@@ -70,11 +71,11 @@ if __name__ == "__main__":
     processor = EmmaProcessor.from_pretrained(folder)
     model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def generated(image, text, limit):
+    def generated(image, text, limit, instruction=None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        first_line = text.split("\n")[0]
-        inputs = processor(images=image, text=prompt, instructions=first_line, return_tensors="pt")
+        instruction = text.split("\n")[0] if instruction is None else instruction
+        inputs = processor(images=image, text=prompt, instructions=instruction, return_tensors="pt")
         tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return processor.decode(tokens[0], skip_special_tokens=True).strip()
 
@@ -101,6 +102,34 @@ if __name__ == "__main__":
         request(3, "<image> or <image>?", max_new_tokens=12),
         request(4, "Describe the picture.\nBe brief.", max_new_tokens=24, until=["u", "e"]),
     ])
+
+    # The instruction as an option.
+    def ruled(rule, docs, texts):
+        emma = get_model("emma")(folder, device="cpu", dtype="float32", batch_size=2, instruction=rule)
+        emma.task_dict = {"t": {"s": docs}}
+        visual = lambda doc: [doc["image"]]
+        return emma.generate_until([
+            Instance(request_type="generate_until", arguments=(text, {"max_new_tokens": 24}, visual, number, "t", "s"),
+                     idx=0, metadata={"task": "t", "doc_id": number, "repeats": 1})
+            for number, text in enumerate(texts)
+        ])
+
+    docs = [{"image": image, "question": question} for image, question in zip([*two, two[0]], ["red", "blue star", "How many?"])]
+    texts = [f"Hint {number}.\nDescribe the picture.\nBe brief." for number in range(3)]
+    swapped = swap_instructions({f"{number} t s": ("t", f"Hint {number}.") for number in range(3)})
+    instructions = {
+        "first_line": [f"Hint {number}." for number in range(3)],
+        "question": [doc["question"] for doc in docs],
+        "whole": texts,
+        "empty": [""] * 3,
+        "constant": [CONSTANT] * 3,
+        "swapped": [swapped[f"{number} t s"] for number in range(3)],
+    }
+    by_rule = {rule: ruled(rule, docs, texts) for rule in instructions}
+    expected_by_rule = {
+        rule: [generated(doc["image"], text, 24, words) for doc, text, words in zip(docs, texts, column)]
+        for rule, column in instructions.items()
+    }
     errors = {}
     for name, call in {
         "film": lambda: emma.generate_until([request(2, "What?")]),
@@ -108,6 +137,8 @@ if __name__ == "__main__":
         "rounds": lambda: emma.generate_until_multi_round([]),
         "argument": lambda: get_model("emma")(pretraned="x"),
         "batch": lambda: get_model("emma")(batch_size="auto"),
+        "instruction": lambda: get_model("emma")(instruction="none"),
+        "question": lambda: ruled("question", [{"image": two[0], "words": "What?"}], ["What?"]),
     }.items():
         try:
             call()
@@ -115,7 +146,7 @@ if __name__ == "__main__":
             errors[name] = str(error)
     metrics = {name: {key: value for key, value in results["results"][name].items()} for name in names}
     described = generated(two[0], "Describe the picture.\nBe brief.", 24)
-    print(json.dumps([samples, expected, metrics, several, described, errors], default=str))
+    print(json.dumps([samples, expected, metrics, several, described, errors, by_rule, expected_by_rule], default=str))
 '''
 
 
@@ -135,27 +166,38 @@ def test_its_evaluator_and_its_tasks_run(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    samples, expected, metrics, several, described, errors = json.loads(done.stdout.strip().splitlines()[-1])
+    samples, expected, metrics, several, described, errors, by_rule, expected_by_rule = json.loads(
+        done.stdout.strip().splitlines()[-1]
+    )
     assert samples == expected
 
     # The metrics are what its task files say, of answers that are `generate`'s.
     truth = ["yes" if number % 2 else "no" for number in range(6)]
     right = [answer.lower() == wanted for answer, wanted in zip(expected["local_pope"], truth)]
     assert metrics["local_pope"]["pope_accuracy,none"] == pytest.approx(sum(right) / 6)
-    letters = [answer[:1] == "ABC"[number % 3] for number, answer in enumerate(expected["local_scienceqa_img"])]
+    # The letter alone, or with a period behind it.
+    letters = [
+        answer.upper() == "ABC"[number % 3] or answer[:2] == "ABC"[number % 3] + "."
+        for number, answer in enumerate(expected["local_scienceqa_img"])
+    ]
     assert metrics["local_scienceqa_img"]["exact_match,none"] == pytest.approx(sum(letters) / 4)
 
     whole, _, placed, cut = several
     assert whole == described
     assert placed
     assert cut == re.split("[ue]", whole)[0].strip()
+    assert by_rule == expected_by_rule
+    assert len({tuple(answers) for answers in by_rule.values()}) > 3
     assert errors == {
         "film": "emma reads pictures: the task t gives str. Choose another task.",
         "likelihood": "emma answers by generating: choose tasks whose `output_type` is generate_until, such as pope.",
         "rounds": "emma answers tasks of one round: choose tasks without `generate_until_multi_round`.",
-        "argument": "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization and revision: got "
-        "pretraned.",
+        "argument": "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization, revision and "
+        "instruction: got pretraned.",
         "batch": "`batch_size` must be a whole number of at least 1: got 'auto'.",
+        "instruction": "`instruction` must be one of own, first_line, question, whole, swapped, empty, constant: got 'none'.",
+        "question": "The instruction rule `question` needs a task whose rows have a field `question`: t has image, words. "
+        "Use `first_line` or `own`.",
     }
 
 

@@ -283,7 +283,7 @@ def _read_images(batch: Sequence[Sample]) -> tuple[dict[str, list[Image.Image]],
         try:
             for source in sample.images:
                 if source not in read:
-                    read[source] = _read_image(source)
+                    read[source] = read_image(source)
             images[sample.id] = [read[source] for source in sample.images]
         # What decoders raise for broken bytes is not theirs alone: struct.error, SyntaxError, EOFError and others.
         except Exception as error:
@@ -291,7 +291,12 @@ def _read_images(batch: Sequence[Sample]) -> tuple[dict[str, list[Image.Image]],
     return images, unreadable
 
 
-def _read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource) -> Image.Image:
+    """An image, decoded.
+
+    Raises:
+        Exception: whatever broken bytes make a decoder raise.
+    """
     if isinstance(source, Path):
         return EmmaImageProcessor().fetch_images(source)
     image = source()
@@ -299,4 +304,4 @@ def _read_image(source: ImageSource) -> Image.Image:
     return image
 
 
-__all__ = ["Answerer", "Processes", "Run", "evaluate", "model_answerer", "run_header", "run_task"]
+__all__ = ["Answerer", "Processes", "Run", "evaluate", "model_answerer", "read_image", "run_header", "run_task"]
