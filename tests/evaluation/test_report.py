@@ -29,8 +29,7 @@ def run(tmp_path, monkeypatch):
 def test_figures_and_differences(run):
     summary = summarize(run)
     figures = {
-        rule: {name: row["value"] for name, row in column.items() if ", " not in name}
-        for rule, column in summary["figures"].items()
+        rule: {name: row["value"] for name, row in column.items()} for rule, column in summary["figures"].items()
     }
     assert figures == {
         "own": {"accuracy": 1.0, "answers not parsed": 0.0},
@@ -39,6 +38,10 @@ def test_figures_and_differences(run):
     }
     wilson = share([True] * 8 + [False] * 4)
     assert summary["figures"]["swapped"]["accuracy"]["low"] == pytest.approx(wilson["low"])
+    # Of six even questions and of six odd ones two are denied.
+    assert {kind: row["value"] for kind, row in summary["by kind"]["swapped"].items()} == pytest.approx(
+        {"even": 4 / 6, "odd": 4 / 6}
+    )
     truths = [sample.target == "yes" for sample in samples(12)]
     expected = paired_difference([True] * 12, truths) | {"answers that differ": 12}
     assert summary["differences"]["own - swapped"] == pytest.approx(expected)

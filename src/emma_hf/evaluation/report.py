@@ -10,6 +10,7 @@ from ..training.plots import figure_class
 from .published import MARK, PUBLISHED, SOURCES, Published
 from .runner import Run
 from .statistics import paired_mean_difference
+from .tasks.base import Figure, ScoredRow
 
 # Samples with unreadable images that the Markdown names; the JSON names all.
 NAMED = 20
@@ -26,6 +27,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "questions": len(run.rows[first]),
         "figures": _by_column(run, run.task.summarize),
         "by the authors' scoring": _by_column(run, run.task.authors_figures) if run.header["authors_rule"] else {},
+        "by kind": _by_column(run, _by_kind),
         "differences": {
             f"{first} - {rule}": paired_mean_difference(
                 [row.score for row in run.rows[first]], [row.score for row in rows]
@@ -68,8 +70,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         *_figures_table(summary["figures"]),
     ]
-    if summary["by the authors' scoring"]:
-        lines += ["", "## By the authors' scoring", "", *_figures_table(summary["by the authors' scoring"])]
+    for name in ("by the authors' scoring", "by kind"):
+        if summary[name]:
+            lines += ["", f"## {name.capitalize()}", "", *_figures_table(summary[name])]
     lines += _differences(summary["differences"])
     lines += _unreadable(summary)
     if summary["notes"]:
@@ -84,7 +87,8 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    figures = summary["figures"]
+    columns, kinds = summary["figures"], summary["by kind"]
+    figures = {rule: column | kinds.get(rule, {}) for rule, column in columns.items()}
     names = list(next(iter(figures.values())))
     figure = figure_class("evaluation")(figsize=(8, 1.6 + 0.16 * len(names) * (len(figures) + 1)), layout="constrained")
     axes = figure.subplots()
@@ -117,6 +121,14 @@ def _by_column(run: Run, function: Any) -> dict[str, dict[str, dict[str, float]]
         rule: {name: asdict(figure) for name, figure in function(rows).items()} for rule, rows in run.rows.items()
     }
     return columns if any(columns.values()) else {}
+
+
+def _by_kind(rows: Sequence[ScoredRow]) -> dict[str, Figure]:
+    """The mean score of each kind, where there are several."""
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kinds.setdefault(row.sample.kind, []).append(row.score)
+    return {kind: Figure.of_values(scores) for kind, scores in kinds.items()} if len(kinds) > 1 else {}
 
 
 def _published(run: Run) -> Iterator[Published]:
