@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from support.models import answer
+from transformers import pipeline
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.hub import export
 from emma_hf.hub.manifest import MANIFEST_NAME, REQUIRED_FILES, files_of, manifest_of, read_manifest
 from emma_hf.hub.model_card import TEMPLATE
@@ -45,6 +46,22 @@ def test_the_weights_are_the_models(exported, tmp_path):
     for path in exported.glob("model*"):
         assert (again / path.name).read_bytes() == path.read_bytes()
     assert sorted(path.name for path in (again / "widget").iterdir()) == ["scene-0.png", "scene-1.png", "scene-2.png"]
+
+
+def test_the_pipeline_asks_no_question(exported, photo, monkeypatch):
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *args: questions.append(args) or "n")
+    content = [{"type": "image", "url": str(photo)}, {"type": "text", "text": "What is it?"}]
+    answers = [
+        pipeline("image-text-to-text", model=str(exported), **options)(
+            text=[{"role": "user", "content": content}], return_full_text=False
+        )[0]["generated_text"]
+        for options in ({}, {"trust_remote_code": True})
+    ]
+    model = EmmaForConditionalGeneration.from_pretrained(exported, dtype="auto")
+    expected = answer(model, EmmaProcessor.from_pretrained(exported), photo, "What is it?")
+    assert [text.strip() for text in answers] == [expected] * 2
+    assert questions == []
 
 
 def test_what_endpoints_install_is_what_the_package_asks_for():

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from support import auto_classes_run
 from support.models import tiny_inputs, tiny_model
 from support.processes import OFFLINE
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 import emma_hf
-from emma_hf import EmmaForConditionalGeneration
+from emma_hf import EmmaConfig, EmmaError, EmmaForConditionalGeneration
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 
 # Pythons of the environments with the other supported versions of Transformers; `make test-slow` sets them.
@@ -73,7 +74,16 @@ def test_the_pipeline_beside_the_installed_package(converted, processor, expecte
         monkeypatch.setattr(any_to_any, "requires_backends", any_to_any.requires_backends)
         auto_classes_run.without_torchvision()
     text = processor.tokenizer.decode(expected, skip_special_tokens=True)
-    assert auto_classes_run.answers_of_the_pipeline(task, converted) == [text] * 4
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *args: questions.append(args) or "n")
+    for options in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+        assert auto_classes_run.answers_of_the_pipeline(task, converted, **options) == [text] * 4
+    assert questions == []
+
+
+def test_a_video_processor_is_refused_in_words(converted):
+    with pytest.raises(EmmaError, match="has no video processor. Pass frames of a video as `images`"):
+        AutoVideoProcessor.from_pretrained(converted, config=EmmaConfig.from_pretrained(converted))
 
 
 def test_the_alias_of_4_57_exists_on_every_version(converted):

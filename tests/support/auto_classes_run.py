@@ -50,9 +50,9 @@ def answers_of_every_class(source, module: str, **options) -> list[list[int]]:
     return [answer(model, processor) for model in models]
 
 
-def answers_of_the_pipeline(task: str, source) -> list[str]:
+def answers_of_the_pipeline(task: str, source, **options) -> list[str]:
     """Answers to messages, to a batch of them, and to a prompt."""
-    pipe = pipeline(task, model=str(source), trust_remote_code=True, dtype=torch.float32)
+    pipe = pipeline(task, model=str(source), dtype=torch.float32, **options)
     settings = {"generate_kwargs": {"max_new_tokens": 8, "do_sample": False}, "return_full_text": False}
     rows = pipe(text=MESSAGES, **settings)
     rows += [row for (row,) in pipe(text=[MESSAGES, MESSAGES], batch_size=2, **settings)]
@@ -74,7 +74,7 @@ def main(folder: str, cached: str, output: Path) -> None:
     if "any-to-any" in TASKS:
         without_torchvision()
     said = {source: answers_of_every_class(source, "transformers_modules", **trust) for source in (folder, cached)}
-    said |= {task: answers_of_the_pipeline(task, folder) for task in TASKS}
+    said |= {task: answers_of_the_pipeline(task, folder, **trust) for task in TASKS}
     for source, target in ((folder, output / "a"), (output / "a", output / "b")):
         AutoModelForImageTextToText.from_pretrained(source, **trust).save_pretrained(target, max_shard_size="400KB")
         AutoProcessor.from_pretrained(source, **trust).save_pretrained(target)
