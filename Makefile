@@ -12,6 +12,7 @@ CORE := t520 t516
 # Transformers' own server is in 5 only.
 EXTRAS_t5 := lint,serve,test
 EXTRAS_t4 := test
+EXTRAS_mutation := mutation,test
 EXTRAS_CORE := test-core
 PYTEST := -m pytest -n 2 --dist worksteal
 # Two test processes share two cores; more threads would only get in each other's way.
@@ -21,7 +22,8 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE
 export PIP_COMPILE := 0
 
-.PHONY: ask test test-all test-newest test-slow test-torchao test-app test-clients test-kernels test-slow-kernels lint format clean \
+.PHONY: ask test test-all test-newest test-slow test-torchao test-app test-clients test-fuzz test-kernels test-slow-kernels \
+	fuzz mutation lint format clean \
 	$(WHOLE:%=test-%) $(CORE:%=test-%) $(WHOLE:%=test-slow-%) $(WHOLE:%=test-torchao-%)
 
 # The main job: a picture and a question in, an answer out.
@@ -69,6 +71,21 @@ test-kernels: .venv/kernels/ready
 test-slow-kernels: .venv/kernels/ready
 	TRITON_INTERPRET=1 .venv/kernels/bin/python $(PYTEST) -m slow tests/model/test_fused_alignment.py
 	.venv/kernels/bin/python $(PYTEST) -m slow tests/model/test_fused_alignment.py
+
+# Generated inputs: for two minutes, the same ones each time.
+test-fuzz: .venv/t5/ready
+	.venv/t5/bin/python $(PYTEST) tests/fuzz
+
+# Fifty times as many, other ones each time. `make fuzz SEED=7` repeats those of a seed.
+fuzz: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom))
+fuzz: .venv/t5/ready
+	@echo "SEED=$(strip $(SEED))"
+	EMMA_FUZZ=50 .venv/t5/bin/python $(PYTEST) tests/fuzz --hypothesis-seed=$(strip $(SEED))
+
+# Changes of the code that the tests should notice: an hour. What they do not notice is listed at the end.
+mutation: .venv/mutation/ready
+	.venv/mutation/bin/mutmut run --max-children 2
+	.venv/mutation/bin/mutmut results
 
 lint: .venv/t5/ready
 	.venv/t5/bin/ruff check .
@@ -136,4 +153,4 @@ test-clients: .venv/t5/ready .venv/clients/ready
 	touch $@
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv build mutants

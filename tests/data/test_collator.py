@@ -1,8 +1,10 @@
 """Batches of training rows, and the prompts in them."""
 
+import pytest
 import torch
 from support.models import tiny_config
 
+from emma_hf.data import DataCollator
 from emma_hf.data.collator import split_first_answers
 
 IMAGE, TOKENS = 119, 16
@@ -53,3 +55,54 @@ def test_a_prompt_ends_before_the_first_answer_and_keeps_its_own_images():
         {name: batch[name][1:2] for name in ("input_ids", "attention_mask", "labels")}, config
     )
     assert set(text_only) == {"input_ids", "attention_mask"}
+
+
+PAD = 7
+
+
+class Processor:
+    """As much of a processor as a collator asks for."""
+
+    class tokenizer:  # noqa: N801
+        pad_token_id = PAD
+
+
+def item(ids: list[int], images: int = 0, features: int = 0, offset: int = 0) -> dict[str, torch.Tensor]:
+    values = {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100, *ids[1:]])}
+    if images:
+        values["pixel_values"] = torch.arange(images * 3.0).reshape(images, 3, 1, 1) + offset
+    if features:
+        values["vision_features"] = torch.arange(features * 2.0).reshape(features, 1, 2) + offset
+    if images or features:
+        values["instruction_input_ids"] = torch.full((images or features, 2), offset)
+    return values
+
+
+def test_rows_are_padded_at_the_right():
+    batch = DataCollator(Processor)([item([1, 2, 3]), item([4, 5])])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3], [4, 5, PAD]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, 2, 3], [-100, 5, -100]],
+    }
+
+
+def test_images_of_all_rows_are_in_the_rows_order():
+    batch = DataCollator(Processor)([item([1], images=2), item([2]), item([3], images=1, offset=50)])
+    assert batch["pixel_values"].flatten().tolist() == [0, 1, 2, 3, 4, 5, 50, 51, 52]
+    assert batch["pixel_values"].shape == (3, 3, 1, 1)
+    assert batch["instruction_input_ids"].tolist() == [[0, 0], [0, 0], [50, 50]]
+    assert "vision_features" not in batch
+    batch = DataCollator(Processor)([item([1]), item([2], features=1, offset=9)])
+    assert batch["vision_features"].tolist() == [[[9, 10]]]
+    assert batch["instruction_input_ids"].tolist() == [[9, 9]]
+    assert "pixel_values" not in batch
+
+
+def test_padding_needs_a_token(monkeypatch):
+    monkeypatch.setattr(Processor.tokenizer, "pad_token_id", None)
+    with pytest.raises(ValueError, match="Padding needs a padding token: set `processor.tokenizer.pad_token`"):
+        DataCollator(Processor)
+    # 0 is a token like any other.
+    monkeypatch.setattr(Processor.tokenizer, "pad_token_id", 0)
+    assert DataCollator(Processor)([item([1, 2]), item([3])])["input_ids"].tolist() == [[1, 2], [3, 0]]

@@ -367,6 +367,19 @@ def test_a_file_without_a_good_row_is_refused(processor, write):
         ([{"messages": [{"role": "user", "content": [{"type": "text"}]}]}], "needs `type` and, of type 'text', a text"),
         ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "got fewer `images` than parts"),
         ([{"messages": [{"role": "tool", "content": "a"}]}], r"needs `from` .*in a chat `role`.*'tool'"),
+        ([{"messages": [None]}], "Row 0: A message must be an object with `role` and `content`: got None"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image"}] * 2},
+                        {"role": "assistant", "content": "a"},
+                    ],
+                    "images": [Image.new("RGB", (2, 2)), []],
+                }
+            ],
+            "Row 0: Each entry of a list of images must be one image: got 2 entries that hold 1 images",
+        ),
     ],
 )
 def test_chats_that_are_wrong_are_named(processor, rows, message):

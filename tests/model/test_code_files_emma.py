@@ -15,7 +15,7 @@ LIBRARIES = {"torch", "transformers", "safetensors", "numpy", "PIL"}
 GUARDED = {"bitsandbytes", "ftfy", "regex", "triton"}
 # Of the standard library only what a file was seen to need; what opens connections, runs programs or unpickles is not.
 STANDARD = {
-    "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "html", "inspect",
+    "base64", "binascii", "bisect", "collections", "contextlib", "copy", "dataclasses", "difflib", "functools", "html", "inspect",
     "io", "itertools", "json", "logging", "math", "os", "pathlib", "re", "shutil", "sys", "typing", "unicodedata", "warnings",
 }  # fmt: skip
 # Of modules that can do more, the names that may be used.

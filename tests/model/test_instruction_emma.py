@@ -3,10 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
-import re
-import time
 import warnings
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -195,6 +192,7 @@ def test_recorded_prompts(prompts):
         ("USER: <image>\n<image>\nWhat changed? ASSISTANT:", ["What changed?"] * 2),
         ("USER: Who is it?\n<image> ASSISTANT:", ["Who is it?"]),
         ("USER: <image> ASSISTANT: Secret.</s>USER: Who? ASSISTANT:", ["Who?"]),
+        ("USER: <image> ASSISTANT: Secret.</s>USER: Who? ASSISTANT: Secret.</s>USER: Why? ASSISTANT:", ["Who?"]),
         ("USER: <image> ASSISTANT: Secret.</s>USER: ASSISTANT: x</s>USER: Who? ASSISTANT:", [""]),
         ("USER: <image> ASSISTANT:", [""]),
         ("USER:<image>ASSISTANT:Secret", [""]),
@@ -251,6 +249,8 @@ def user(*parts) -> dict:
         ([{"role": "user", "content": "<image>\nWho?\nShort."}], ["Who?"]),
         ([{"role": "system", "content": "Secret"}, user(None, "Who?")], ["Who?"]),
         ([user(None), {"role": "assistant", "content": "Secret"}, user("Who?")], ["Who?"]),
+        ([user(None), {"role": "assistant", "content": "Secret"}, user("Who?"), user("Why?")], ["Who?"]),
+        ([user(None), user(), user("Who?")], [""]),
         ([user(None), {"role": "assistant", "content": "Secret"}], [""]),
         ([user(None, "A?"), {"role": "assistant", "content": "Secret"}, user(None, "B?")], ["A?", "B?"]),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], [""]),
@@ -302,36 +302,6 @@ def test_the_answer_never_becomes_the_training_instruction(tokenizer):
         assert "reason" in training_instruction(row, tokenizer)
     with pytest.raises(ValueError, match=r"needs a user turn.*got \['gpt'\]"):
         training_instruction([answer], tokenizer)
-
-
-SPECIAL = [
-    "\U000f0000", "\U000f0000x", "\U000f0001", "\U000f0002", "\U000f0000\U000f0001", "&", "&#", "&#9", "9", "&amp;", "amp;", "&#38;",
-    ";", "<", ">", "'", "\u2019", "\x1b", "\x1b[", "\x1b[0", "\x00", "\r", "\n", "\t", " ", "\u3000", "!", "a", "\u00e9", "\u0301", "\u732b",
-    "\u00c3\u00a9", "<image>", "<imag", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "</s>", ":", "<start_of_text>", "<start_",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("special", SPECIAL, ids=ascii)
-@pytest.mark.parametrize("before", ["", "&", "&#"], ids=ascii)
-@pytest.mark.parametrize("with_ftfy", [True, False])
-def test_time_is_linear_in_what_a_stranger_repeats(tokenizer, monkeypatch, special, before, with_ftfy):
-    if not with_ftfy:
-        monkeypatch.setattr(instruction_emma, "ftfy", None)
-    text = before + special * 100_000
-    patterns = [value for value in vars(instruction_emma).values() if isinstance(value, re.Pattern)]
-    assert len(patterns) >= 6
-    message = {"role": "user", "content": [{"type": "text", "text": text}]}
-    for call in (
-        *(partial(pattern.sub, "") for pattern in patterns),
-        unmark_control_tokens,
-        instruction_from_turn,
-        lambda text: encode_instruction(tokenizer, text),
-        lambda text: instructions_from_prompt("<image>" + text.replace("<image>", "")),
-        lambda text: instructions_from_messages([message, message]),
-    ):
-        start = time.perf_counter()
-        call(text)
-        assert time.perf_counter() - start < 2
 
 
 def test_what_lies_far_behind_the_last_id_is_not_read(tokenizer):

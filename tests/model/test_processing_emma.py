@@ -536,6 +536,9 @@ def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
         ({"text": "<image>", "images": picture(), "instructions": 3}, "list of lists of strings: got int"),
         ({"text": "<image>", "images": picture(), "instructions": [3]}, "An instruction must be a string: got int"),
         ({"text": "hi", "instructions": ["a"]}, "prompt 0 has 0 images and 1 instructions"),
+        ({"text": "<image><image>", "images": [[picture(), []]]}, "Each entry of a list of images must be one image: got 2 entries that hold 1"),
+        ({"text": "<image>", "images": [[[picture(), picture()]]]}, "must be one image: got 1 entries that hold 2 images"),
+        ({"text": "<image>", "images": [np.zeros((2, 4, 4, 3), np.uint8)]}, "must be one image: got 1 entries that hold 2 images"),
         ({"text": ["a b c", "a"], "return_tensors": "pt"}, "Prompts of different lengths .* Pass `padding=True`"),
     ],
 )  # fmt: skip

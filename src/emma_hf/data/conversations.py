@@ -116,9 +116,11 @@ def to_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]
     """Text of a chat message with one placeholder per image, and what each image part holds (None: nothing).
 
     Raises:
-        EmmaError: content that is neither a text nor a list of text and image parts; a key that this package does not
-            train on.
+        EmmaError: no message; content that is neither a text nor a list of text and image parts; a key that this
+            package does not train on.
     """
+    if not isinstance(message, Mapping):
+        raise EmmaError(f"A message must be an object with `role` and `content`: got {str(message)[:200]}.")
     refuse_keys(message, UNSUPPORTED_KEYS, "A message")
     content = message.get("content")
     if isinstance(content, str):

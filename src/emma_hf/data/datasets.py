@@ -105,7 +105,7 @@ class TrainingDataset(Dataset):
             spoken = [message for message in conversation if ROLES[message["from"]] != "system"]
             text = training_instruction(spoken, tokenizer, processor.image_token, length)
             ids = encode_instruction(tokenizer, text, length)
-            item["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            item["pixel_values"] = processor.image_processor.encode_each(images)
             item["instruction_input_ids"] = torch.tensor([ids] * len(images))
         return item
 

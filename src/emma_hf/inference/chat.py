@@ -43,7 +43,7 @@ class Chat:
 
     def encode_images(self) -> None:
         """Encode the images once, for all conversations that follow."""
-        pixels = self.processor.image_processor(self.images, return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor.encode_each(self.images)
         self.image_encoding = self.model.encode_image(pixels.to(self.model.device, self.model.dtype))
 
     def answer(self, question: str, **generate: Any) -> str:

@@ -138,6 +138,20 @@ class EmmaImageProcessor(BaseImageProcessor):
             pixels = torch.from_numpy(stacked) if str(return_tensors) == "pt" else stacked
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
+    def encode_each(self, images: list[Any], **kwargs: Any) -> torch.Tensor:
+        """Prepare a list in which every entry is one image: float32 (images, 3, height, width).
+
+        Raises:
+            EmmaError: as [`preprocess`] does, and for an entry that holds no image or several.
+        """
+        pixel_values = self.preprocess(images, return_tensors="pt", **kwargs)["pixel_values"]
+        if len(pixel_values) != len(images):
+            raise EmmaError(
+                f"Each entry of a list of images must be one image: got {len(images)} entries that hold "
+                f"{len(pixel_values)} images. Pass one list of images, or one list per prompt."
+            )
+        return pixel_values
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Read what is named by paths and URLs; images, and the shape of nested lists, stay."""
         if isinstance(image_url_or_urls, (list, tuple)):

@@ -4,8 +4,9 @@ import html
 import re
 import unicodedata
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from html.entities import html5
 from typing import Any
 
@@ -190,14 +191,17 @@ def instructions_from_prompt(
         for match in _USER.finditer(prompt, start, end)
     ] or [(0, 0)]
 
+    @cache
     def words(start: int, region: int) -> str:
         return instruction_from_turn(prompt[start : regions[region][1]], image_token)
 
+    starts, regions_of_users = zip(*users)
     instructions = []
     for match in re.finditer(re.escape(image_token), prompt):
-        start, region = ([(0, 0)] + [user for user in users if user[0] <= match.start()])[-1]
-        following = next((user for user in users if user[1] > region), None)
-        instructions.append(words(start, region) or (words(*following) if following else ""))
+        before = bisect_right(starts, match.start())
+        start, region = users[before - 1] if before else (0, 0)
+        after = bisect_right(regions_of_users, region)
+        instructions.append(words(start, region) or (words(*users[after]) if after < len(users) else ""))
     if _is_last(instruction_turn):
         latest = next(user for user in users if user[1] == users[-1][1])
         instructions = [words(*latest)] * len(instructions)

@@ -70,6 +70,7 @@ class EmmaProcessor(ProcessorMixin):
         tokenizer_class = "AutoTokenizer"
         instruction_tokenizer_class = "AutoTokenizer"
 
+    # pragma: no mutate start, because Transformers reads the code object of this function
     def __init__(
         self,
         image_processor: EmmaImageProcessor | None = None,
@@ -102,6 +103,7 @@ class EmmaProcessor(ProcessorMixin):
                 f"{type(instruction_tokenizer).__name__}. In a folder it lies in `instruction_tokenizer/`."
             )
 
+    # pragma: no mutate end
     def _check_tokenizer(self) -> None:
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         if image_id is None or image_id == self.tokenizer.unk_token_id:
@@ -167,7 +169,7 @@ class EmmaProcessor(ProcessorMixin):
             counts = [len(images)]
         rows = self._resolve_instructions(instructions, prompts, counts)
         if images:
-            data["pixel_values"] = self.image_processor(images, return_tensors="pt", **images_kwargs)["pixel_values"]
+            data["pixel_values"] = self.image_processor.encode_each(images, **images_kwargs)
         if rows and (images or instructions is not None):
             ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
             data["instruction_input_ids"] = torch.tensor(ids)
