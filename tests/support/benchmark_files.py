@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from emma_hf.evaluation.tasks import TASKS, Sample, Task
-from emma_hf.evaluation.tasks.amber import AmberGenerative
+from emma_hf.evaluation.tasks.amber import Amber, AmberGenerative
 
 
 class SplitWords:
@@ -26,8 +26,9 @@ class SplitWords:
 
 
 def task_of(name: str) -> Task:
-    """The task of a name; that of AMBER's descriptions with `SplitWords`."""
-    return AmberGenerative(SplitWords) if name == "amber-generative" else TASKS[name]
+    """The task of a name; those with AMBER's descriptions with `SplitWords`."""
+    described = {"amber-generative": AmberGenerative, "amber": Amber}
+    return described[name](SplitWords) if name in described else TASKS[name]
 
 
 def write_benchmark(name: str, folder: Path) -> None:
@@ -402,5 +403,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "pope": _pope,
     "amber-discriminative": _amber,
     "amber-generative": _amber,
+    "amber": _amber,
     "foil": _foil,
 }

@@ -143,6 +143,21 @@ def test_the_score_of_a_perfect_model_is_100(questions, descriptions):
     assert half.low <= half.value <= half.high
 
 
+def test_both_tasks_in_one_run_have_the_figures_of_each(questions, descriptions, tmp_path):
+    task = task_of("amber")
+    samples = task.load(tmp_path)
+    assert [sample.id for sample in samples] == [sample.id for sample in descriptions + questions]
+    rows = [task.answered(sample, perfect_answer(sample)) for sample in samples]
+    figures = task.summarize(rows)
+    assert next(iter(figures.items())) == ("AMBER score", amber_score(figures, figures))
+    for part, name in ((questions, "amber-discriminative"), (descriptions, "amber-generative")):
+        own = task_of(name).figures([task_of(name).answered(sample, perfect_answer(sample)) for sample in part])
+        assert own.items() <= figures.items()
+    assert task.authors_figures(rows)["accuracy, attribute"].value == 0
+    assert "AMBER score" not in task.figures(rows[:2])
+    assert "AMBER score" not in task.figures(rows[2:])
+
+
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     write_benchmark("amber-generative", tmp_path)
     monkeypatch.setitem(sys.modules, "nltk", None)

@@ -15,6 +15,7 @@ from .yes_no import YesNoTask, class_figures, of_kind
 SOURCE = "https://github.com/junyangwang0410/AMBER"
 IMAGES = f"the images that the README of {SOURCE} links to"
 ANNOTATIONS = "data/annotations.json"
+DESCRIPTIONS = "descriptions"
 EXTRA = "pip install 'emma-hf[evaluation]'"
 
 
@@ -185,7 +186,9 @@ class AmberGenerative(Task):
             target = {key: [str(word) for word in annotation.get(key, list)] for key in ("truth", "hallu")}
             question = query.text("query")
             image = folder / "image" / query.text("image")
-            samples.append(Sample(query.text("id"), (image,), question, question, question, target, "", shared))
+            samples.append(
+                Sample(query.text("id"), (image,), question, question, question, target, DESCRIPTIONS, shared)
+            )
         return samples
 
     def parse(self, answer: str, sample: Sample) -> str | None:
@@ -267,6 +270,49 @@ def amber_score(descriptions: Mapping[str, Figure], answers: Mapping[str, Figure
     return Figure(value, max(0.0, value - below), min(1.0, value + above), chair.of + f1.of)
 
 
-AMBER_TASKS: tuple[Task, ...] = (AmberDiscriminative(), AmberGenerative())
+class Amber(Task):
+    """Both of AMBER's tasks in one run, and its score of them.
 
-__all__ = ["AMBER_TASKS", "AmberDiscriminative", "AmberGenerative", "AmberLanguage", "Language", "amber_score"]
+    Args:
+        language: as of [`AmberGenerative`].
+    """
+
+    name, title = "amber", "AMBER (yes or no, and descriptions)"
+    max_new_tokens = AmberGenerative.max_new_tokens
+    constants = AmberDiscriminative.constants
+    files = {**AmberDiscriminative.files, **AmberGenerative.files}
+    authors_rule = f"{AmberDiscriminative.authors_rule} {AmberGenerative.authors_rule}"
+
+    def __init__(self, language: Callable[[], Language] = AmberLanguage):
+        self.questions, self.descriptions = AmberDiscriminative(), AmberGenerative(language)
+
+    def read(self, folder: Path) -> list[Sample]:
+        return self.descriptions.read(folder) + self.questions.read(folder)
+
+    def task_of(self, sample: Sample) -> Task:
+        """The task that a sample is of."""
+        return self.descriptions if sample.kind == DESCRIPTIONS else self.questions
+
+    def parse(self, answer: str, sample: Sample) -> str | None:
+        return self.task_of(sample).parse(answer, sample)
+
+    def score(self, parsed: str | None, sample: Sample) -> float:
+        return self.task_of(sample).score(parsed, sample)
+
+    def figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
+        told = of_kind(rows, DESCRIPTIONS)
+        said = [row for row in rows if row.sample.kind != DESCRIPTIONS]
+        figures = {**self.questions.figures(said), **self.descriptions.figures(told)}
+        # Of a run that was limited to one of the two there is none.
+        return {"AMBER score": amber_score(figures, figures), **figures} if told and said else figures
+
+    def compared(self, figures: Mapping[str, Figure]) -> list[str]:
+        return self.questions.compared(figures)
+
+    def authors_figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
+        return self.questions.authors_figures(rows)
+
+
+AMBER_TASKS: tuple[Task, ...] = (AmberDiscriminative(), AmberGenerative(), Amber())
+
+__all__ = ["AMBER_TASKS", "Amber", "AmberDiscriminative", "AmberGenerative", "AmberLanguage", "Language", "amber_score"]
