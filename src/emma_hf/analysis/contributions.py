@@ -4,7 +4,6 @@ Letters as in `vision_path.py`. A norm is the Euclidean norm of a token's vector
 their numbers.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,18 +146,16 @@ def leave_one_out(path: VisionPath, vision_features: torch.Tensor, instruction: 
     return [(tokenizer.decode([token]).strip(), share) for token, share in zip(ids[1:end], shares.tolist())]
 
 
-def moved_by(path: VisionPath, sample: Sample, tokens: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+def moved_by(path: VisionPath, sample: Sample, others: torch.Tensor) -> torch.Tensor:
     """|Z - Z with other instructions| beside |Z|, of each row, (rows,).
 
     Args:
-        tokens: P to put in place of each row's own, (rows, T, vision width), or one for all, (T, vision width).
+        others: P in place of each row's own, (rows, T, vision width), or of all, (T, vision width).
     """
-    others = tokens if isinstance(tokens, torch.Tensor) and tokens.ndim == 2 else None
     shares = []
-    for index, image in enumerate(sample.images.tolist()):
-        features = sample.vision_features[image]
-        own = path.project(path.fuse(features, sample.instruction_tokens[index]))
-        other = path.project(path.fuse(features, tokens[index] if others is None else others))
+    pairs = torch.stack([sample.instruction_tokens, others.expand_as(sample.instruction_tokens)], 1)
+    for image, both in zip(sample.images.tolist(), pairs):
+        own, other = path.project(path.fuse(sample.vision_features[image], both))
         shares.append((own - other).norm() / own.norm())
     return torch.stack(shares)
 
