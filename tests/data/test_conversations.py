@@ -60,7 +60,10 @@ def test_half_a_surrogate_pair_is_named(processor, where):
         encode_conversation(processor, conversation)
 
 
-@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("image", "a.png"), ("tool_calls", [{}]), ("train", False)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 0), ("image", "a.png"), ("tool_calls", [{}]), ("train", False), ("loss", False), ("videos", ["a.mp4"])],
+)
 def test_a_key_with_an_effect_is_not_ignored(processor, key, value):
     conversation = [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g", key: value}]
     with pytest.raises(ValueError, match=f"A message cannot be trained on with `{key}`: got .*Remove the key"):

@@ -319,12 +319,27 @@ def test_what_a_row_cannot_be_trained_on_with_is_named_and_skipped(processor, tm
     assert skipping.modality_lengths()[1] == -3
 
 
-@pytest.mark.parametrize(("key", "value"), [("system", "Be brief."), ("videos", ["a.mp4"]), ("tools", [{"a": 1}])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("system", "Be brief."), ("videos", ["a.mp4"]), ("tools", [{"a": 1}]), ("functions", [{"a": 1}])]
+)
 def test_a_column_of_a_chat_with_an_effect_is_not_ignored(processor, key, value):
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], key: value}
     with pytest.raises(ValueError, match=f"Row 0: A row cannot be trained on with `{key}`"):
         ChatDataset([row], processor)[0]
     assert ChatDataset([{**row, key: None}], processor)[0]
+
+
+def test_a_part_with_the_content_of_two_is_refused(processor, photo):
+    answer = {"role": "assistant", "content": "b"}
+    for part, lost in (
+        ({"type": "text", "text": "a", "image": str(photo)}, "image"),
+        ({"type": "image", "image": str(photo), "text": "a"}, "text"),
+    ):
+        row = {"messages": [{"role": "user", "content": [part]}, answer]}
+        with pytest.raises(ValueError, match=f"Row 0: A part of a message of type .* got `{lost}` too"):
+            ChatDataset([row], processor)[0]
+        part[lost] = None
+        assert ("pixel_values" in ChatDataset([row], processor)[0]) is (lost == "text")
 
 
 @pytest.mark.parametrize("kind", ["garbage", "truncated", "none", "no file"])

@@ -222,6 +222,17 @@ def test_a_second_turn_brings_another_image(tiny, encoded, only_new):
     assert encoded == [1]
 
 
+def test_a_second_turn_with_an_image_too_many_is_refused(tiny):
+    both = tiny_inputs(tiny, (2,))
+    images = {name: both[name] for name in ("pixel_values", "instruction_input_ids")}
+    one = {**tiny_inputs(tiny, (1,)), **{name: value[:1] for name, value in images.items()}}
+    first = tiny.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], 1)
+    cache = {CACHE_NAME: first[CACHE_NAME]}
+    with pytest.raises(ValueError, match="Image features and image tokens do not match: 0 tokens .* 32 features"):
+        tiny.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **cache, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_embeddings_and_precomputed_features_give_the_same_tokens(tiny, encoded, beams):
     inputs = tiny_inputs(tiny, (2, 1))

@@ -343,6 +343,20 @@ def test_other_roles_are_refused(processor):
         ([{"role": "user", "content": [{"type": "text"}]}], "`text` of a text part must be a string: got NoneType"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "must be a string: got int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "`image_url` of a part must be a string: got NoneType"),
+        *(
+            ([{"role": "user", "content": [part]}], message)
+            for part, message in (
+                ({"type": "image", "image": "a.png", "text": "Hi"}, "'image' holds image or .*: got `text` too, 'Hi'"),
+                ({"type": "text", "text": "Hi", "image": 3}, "'text' holds text: got `image` too, '3'. Make it a part"),
+                ({"type": "text", "text": "Hi", "image_url": {"url": "x"}}, "got `image_url` too"),
+                ({"type": "image_url", "image_url": "x", "audio": b"x"}, "got `audio` too"),
+            )
+        ),
+        *(
+            ([{"role": "user", "content": "Hi", name: value}], rf"reads the role and the content of messages: got `{name}`")
+            for name, value in (("images", ["a.png"]), ("image", picture()), ("video", "x"))
+        ),
+        ([user("Hi"), {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}], "got `tool_calls`"),
         ([user("Hi \ud83d")], "text part must be valid Unicode: got half of a surrogate pair at character 3, '.ud83d'"),
         ([{"role": "system", "content": "\udc80"}, user("Hi")], "system message must be valid Unicode"),
     ],
@@ -351,6 +365,23 @@ def test_other_roles_are_refused(processor):
 def test_messages_of_a_wrong_shape_are_named(processor, messages, message, tokenize):
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize)
+
+
+def test_columns_of_a_table_that_are_empty_are_nothing(processor):
+    """A row of `datasets` has every column of the others: the parts of a message, and the keys of all messages."""
+    parts = [{"type": "image", "text": None, "index": 0}, {"type": "text", "text": "Hi", "image": None, "index": None}]
+    chat = [{"role": "user", "content": parts, "tool_calls": None, "images": []}]
+    rendered = processor.apply_chat_template(chat, tools=None, documents=[])
+    assert rendered == processor.apply_chat_template([user(picture(), "Hi")])
+
+
+def test_what_a_template_reads_is_given_to_it(processor):
+    chat = [{"role": "user", "content": "Hi", "images": [1, 2]}]
+    template = "{% for message in messages %}{{ message['images'] | length }}{% endfor %}{{ tools | length }}"
+    assert processor.apply_chat_template(chat, template, tools=[{}] * 3) == "23"
+    for name in ("tools", "documents"):
+        with pytest.raises(ValueError, match=f"got `{name}` "):
+            processor.apply_chat_template([user("Hi")], **{name: [{"name": "look"}]})
 
 
 @pytest.mark.parametrize("content", [None, []])

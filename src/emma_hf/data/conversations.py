@@ -5,14 +5,26 @@ from typing import Any
 
 from ..model.chat_template_emma import SYSTEM_PROMPT
 from ..model.errors_emma import EmmaError
-from ..model.instruction_emma import escape_placeholders
+from ..model.instruction_emma import check_part, escape_placeholders
 from ..model.processing_emma import EmmaProcessor
 
 # Label of a token without a loss, as PyTorch's cross-entropy has it.
 IGNORE_INDEX = -100
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # What other formats put into a message, with an effect on training.
-UNSUPPORTED_KEYS = ("audio", "image", "images", "tool_calls", "train", "video", "weight")
+UNSUPPORTED_KEYS = (
+    "audio",
+    "audios",
+    "function_call",
+    "image",
+    "images",
+    "loss",
+    "tool_calls",
+    "train",
+    "video",
+    "videos",
+    "weight",
+)
 
 
 def encode_conversation(
@@ -116,8 +128,8 @@ def to_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]
     """Text of a chat message with one placeholder per image, and what each image part holds (None: nothing).
 
     Raises:
-        EmmaError: no message; content that is neither a text nor a list of text and image parts; a key that this
-            package does not train on.
+        EmmaError: no message; content that is neither a text nor a list of text and image parts, each with its own
+            content alone; a key that this package does not train on.
     """
     if not isinstance(message, Mapping):
         raise EmmaError(f"A message must be an object with `role` and `content`: got {str(message)[:200]}.")
@@ -131,6 +143,8 @@ def to_llava_format(message: dict[str, Any], token: str) -> tuple[str, list[Any]
     for part in content:
         if not isinstance(part, Mapping) or (part.get("type") == "text" and not isinstance(part.get("text"), str)):
             raise EmmaError(f"A part of a message needs `type` and, of type 'text', a text: got {str(part)[:200]}.")
+        if part.get("type") in ("text", "image"):
+            check_part(part["type"], part)
         if part.get("type") == "text":
             text += escape_placeholders(part["text"], token)
         elif part.get("type") == "image":

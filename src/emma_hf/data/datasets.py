@@ -17,7 +17,7 @@ from .conversations import ROLES, encode_conversation, refuse_keys, to_llava_for
 from .row_files import read_row, row_spans
 
 # What other formats train on and this package does not.
-UNSUPPORTED_COLUMNS = ("audio", "audios", "tools", "video", "videos")
+UNSUPPORTED_COLUMNS = ("audio", "audios", "functions", "tools", "video", "videos")
 
 
 class TrainingDataset(Dataset):

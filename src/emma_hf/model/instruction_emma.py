@@ -34,8 +34,9 @@ PLACEHOLDER_ESCAPE = "\U000f0002"
 # Neither mark is inside, which keeps the search linear however many of the first stand alone.
 _MARKED = re.compile("\U000f0000([^\U000f0000\U000f0001])([^\U000f0000\U000f0001]*)\U000f0001")
 
-# The parts of a message that are read.
-PART_TYPES = ("text", "image", "image_url")
+# The parts of a message that are read, and what each of them holds; beside it, what another holds would be lost.
+PART_CONTENTS = {"text": ("text",), "image": ("image", "url", "path", "base64"), "image_url": ("image_url",)}
+_CONTENTS = ("audio", "image", "image_url", "text", "video")
 
 # An id of CLIP's vocabulary stands for 24 characters at most. What lies beyond this many for each id is not cleaned:
 # HTML entities inside each other cost the square of their number.
@@ -284,10 +285,11 @@ def normalize_message(message: dict[str, Any], image_token: str = "<image>") -> 
 def _normalize_part(part: Any) -> dict[str, Any]:
     """A copy of a part of a message; one of type `image_url` becomes one of type `image`."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in PART_TYPES:
+    if not isinstance(kind, str) or kind not in PART_CONTENTS:
         raise EmmaError(
-            f"A part of a message must have one of the types {', '.join(PART_TYPES)}: got {str(part)[:200]!a}."
+            f"A part of a message must have one of the types {', '.join(PART_CONTENTS)}: got {str(part)[:200]!a}."
         )
+    check_part(kind, part)
     if kind == "text":
         check_text("The `text` of a text part", part.get("text"))
     if kind != "image_url":
@@ -296,6 +298,17 @@ def _normalize_part(part: Any) -> dict[str, Any]:
     url = url.get("url") if isinstance(url, Mapping) else url
     check_text("The `image_url` of a part", url)
     return {"type": "image", "url": url}
+
+
+def check_part(kind: str, part: Mapping[str, Any]) -> None:
+    """Raise an EmmaError for a part of a message, of the type `kind`, that also holds what another type does."""
+    for name in _CONTENTS:
+        value = part.get(name)
+        if name not in PART_CONTENTS[kind] and value is not None and not (isinstance(value, str) and not value):
+            raise EmmaError(
+                f"A part of a message of type {kind!r} holds {' or '.join(PART_CONTENTS[kind])}: got `{name}` too, "
+                f"{str(value)[:100]!a}. Make it a part of its own."
+            )
 
 
 def _escape_joined(texts: list[str], image_token: str) -> list[str]:

@@ -700,8 +700,9 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         in_all = ((input_ids == self.config.image_token_index).sum(-1) // length).tolist()
         given = next(iter(images.values())).shape[0]
         if in_step == in_all or given != sum(in_all):
-            # Also where a caller who keeps the cache passes the new turn's images alone.
-            return images if sum(in_step) else {}
+            # Also where a caller who keeps the cache passes the new turn's images alone. More images than placeholders
+            # are refused by `forward`.
+            return images if sum(in_step) or given > sum(in_all) else {}
         chosen: list[int] = []
         end = 0
         for new, every in zip(in_step, in_all):

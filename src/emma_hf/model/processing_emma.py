@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .chat_template_emma import CHAT_TEMPLATE
+from .chat_template_emma import CHAT_TEMPLATE, refuse_unread
 from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import (
     TRANSFORMERS_5,
@@ -221,6 +221,7 @@ class EmmaProcessor(ProcessorMixin):
             [normalize_message(message, self.image_token) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
+        refuse_unread(chat_template or self.chat_template, chain.from_iterable(conversations), kwargs)
         if kwargs.get("tokenize"):
             instructions = kwargs.pop("instructions", None)
             if instructions is None:
