@@ -55,6 +55,34 @@ def test_a_missing_or_empty_value_is_that_of_the_released_model(values, clip):
         assert config.visual_offset is False
 
 
+def test_a_text_value_that_is_null_is_the_default(values, clip):
+    keys = ("tie_word_embeddings", "rope_scaling", "num_key_value_heads", "pad_token_id", "attention_bias")
+    config = config_from_authors({**values, **dict.fromkeys(keys)}, clip).text_config
+    assert config.tie_word_embeddings is False
+    assert config.num_key_value_heads == values["num_attention_heads"]
+    assert config.pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mm_use_im_start_end": True}, "`mm_use_im_start_end` must be false: got true"),
+        ({"image_aspect_ratio": "anyres"}, "must be 'pad', 'square' or null: got 'anyres'"),
+        ({"mm_projector_type": "linear"}, "must be 'mlp2x_gelu': got 'linear'"),
+    ],
+)
+def test_what_the_model_would_answer_otherwise_with_is_refused(values, clip, changes, message):
+    with pytest.raises(EmmaError, match=message):
+        config_from_authors({**values, **changes}, clip)
+
+
+def test_another_activation_of_the_projector_does_not_go_back(values, clip, folder):
+    config = config_from_authors(values, clip)
+    config.projector_hidden_act = "gelu_new"
+    with pytest.raises(EmmaError, match="has the activation 'gelu': got `projector_hidden_act` 'gelu_new'"):
+        config_to_authors(config, folder)
+
+
 @pytest.mark.parametrize(("do_pad", "ratio"), [(True, "pad"), (False, None)])
 def test_images_are_padded_in_the_authors_code_as_here(converted, folder, do_pad, ratio):
     edit(folder / "preprocessor_config.json", do_pad=do_pad)

@@ -35,6 +35,17 @@ def config_from_authors(authors: dict[str, Any], clip: CLIPConfig) -> EmmaConfig
         )
     if authors.get("mm_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
         raise EmmaError(f"`mm_projector_type` must be 'mlp2x_gelu': got {authors['mm_projector_type']!r}.")
+    if authors.get("mm_use_im_start_end"):
+        raise EmmaError(
+            "`mm_use_im_start_end` must be false: got true. Such a model has learned prompts with tokens around each "
+            "image, which this package does not write."
+        )
+    ratio = authors.get("image_aspect_ratio")
+    if ratio not in (None, "pad", "square"):
+        raise EmmaError(
+            f"`image_aspect_ratio` must be 'pad', 'square' or null: got {ratio!r}. An image in tiles has other visual "
+            "tokens than this package makes."
+        )
     return EmmaConfig(
         vision_config=clip.vision_config,
         instruction_config=clip.text_config,
@@ -53,13 +64,18 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
     """The authors' `config.json` for a model of this package that is saved in `folder`.
 
     Raises:
-        EmmaError: a language model that the authors' code does not know.
+        EmmaError: a language model or an activation of the projector that the authors' code does not have.
     """
     text = config.text_config
     if text.model_type not in LANGUAGE_MODELS.values():
         raise EmmaError(
             f"The authors' code knows the language models {sorted(set(LANGUAGE_MODELS.values()))}: got "
             f"{text.model_type!r}."
+        )
+    if config.projector_hidden_act != "gelu":
+        raise EmmaError(
+            f"The projector of the authors' code has the activation 'gelu': got `projector_hidden_act` "
+            f"{config.projector_hidden_act!r}."
         )
     dtype = str(config.dtype).removeprefix("torch.")
     return {
@@ -129,7 +145,8 @@ def _text_config(authors: dict[str, Any]) -> PretrainedConfig:
         )
     kept = _text_config_keys(LANGUAGE_MODELS[model_type]) | {"rope_theta", "rope_scaling"}
     kept |= {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
-    values = {name: value for name, value in authors.items() if name in kept}
+    # What is null has its default, as a missing key.
+    values = {name: value for name, value in authors.items() if name in kept and value is not None}
     values["vocab_size"] = authors["vocab_size"] + 1
     values.setdefault("tie_word_embeddings", False)
     return CONFIG_MAPPING[LANGUAGE_MODELS[model_type]](**values)
