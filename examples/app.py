@@ -12,15 +12,19 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import torch
 from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import TextIteratorStreamer
 
 from emma_hf import EMMA_TINY
+from emma_hf.analysis import VisionPath
+from emma_hf.analysis.contributions import question_map
 from emma_hf.inference import load_model
 from emma_hf.model.instruction_emma import encode_instruction, instructions_from_messages
 from emma_hf.serving import Limits, RequestError
@@ -37,6 +41,8 @@ EXAMPLE_QUESTIONS = (
     "What colour is the star?",
     "Describe the picture.",
 )
+# Width and height of a picture that shows what a question moved, and how bright it stays where nothing moved.
+MOVED_SIDE, DIMMED = 336, 0.4
 # HTTP's status for what has too many bytes or pixels.
 TOO_LARGE = 413
 
@@ -70,8 +76,9 @@ SHOW_TALK = "() => document.querySelector('#talk').scrollIntoView({block: 'neare
 
 
 class Chat:
-    """One model, and what the page asks of it. A conversation is a dictionary: its `picture`, its `messages`,
-    and the user's words as `marked` pieces, those with the label `"instruction"` being what guided the picture.
+    """One model, and what the page asks of it. A conversation is a dictionary: its `picture`, its `messages`, the
+    `instruction` that guided the picture, and the user's words as `marked` pieces, those with the label `"instruction"`
+    being as much of it as the instruction encoder reads.
     """
 
     def __init__(self, name: str | os.PathLike, max_new_tokens: int = 512) -> None:
@@ -132,13 +139,71 @@ class Chat:
 
         def so_far(text: str) -> dict[str, Any]:
             answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-            return {"picture": picture["path"], "messages": [*messages, answer], "marked": marked}
+            return {
+                "picture": picture["path"],
+                "messages": [*messages, answer],
+                "instruction": instructions[0],
+                "marked": marked,
+            }
 
         text = ""
         yield so_far(text)
         for words in self._stream(inputs.to(self.model.device, self.model.dtype)):
             text += words
             yield so_far(text.strip())
+
+    def moved(self, picture: dict[str, Any], instruction: str, other: str) -> list[tuple[Image.Image, str]]:
+        """Where an instruction moved the visual tokens of a picture, and where another one would have.
+
+        A token is moved from its mean over both instructions and the page's own questions.
+
+        Args:
+            picture: the file that is shown.
+            instruction: what guided the picture.
+            other: another question.
+
+        Returns:
+            The picture as the model sees it, bright where its tokens moved, and how far; for each instruction. Both are
+            drawn to one scale.
+
+        Raises:
+            ValueError: a bad picture.
+        """
+        pixels = self.processor.image_processor([self.read(picture)], return_tensors="pt")["pixel_values"]
+        path = self._vision_path
+        with torch.no_grad():
+            features = self.model.get_vision_features(pixels.to(self.model.device, self.model.dtype)).float()[0]
+        tokens = path.instruction_tokens(path.instruction_ids([instruction, other, *EXAMPLE_QUESTIONS]))
+        lengths = path.project(path.fuse(features, tokens[0])).norm(dim=-1)
+        maps = torch.stack([question_map(path, features, words, tokens) / lengths for words in tokens[:2]])
+        maps = maps[:, int(path.has_class_token) :].cpu()
+        scale = maps.max().clamp(min=1e-12)
+        return [
+            (
+                self._dimmed(pixels[0], shares / scale),
+                f"\u201c{text}\u201d moves a visual token by {shares.mean():.1%} of its length, by {shares.max():.1%} "
+                "at most",
+            )
+            for text, shares in zip((instruction, other), maps)
+        ]
+
+    @cached_property
+    def _vision_path(self) -> VisionPath:
+        return VisionPath(self.model, self.processor)
+
+    def _dimmed(self, pixels: torch.Tensor, brightness: torch.Tensor) -> Image.Image:
+        """The picture of pixels (3, height, width), each patch as bright as `brightness` (patches,), 0 to 1, says."""
+        mean, std = (
+            torch.tensor(getattr(self.processor.image_processor, name))[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
+        side = round(len(brightness) ** 0.5)
+        light = torch.nn.functional.interpolate(
+            brightness.reshape(1, 1, side, side), size=pixels.shape[1:], mode="nearest"
+        )[0]
+        colors = (pixels * std + mean).clamp(0, 1) * (DIMMED + (1 - DIMMED) * light)
+        image = Image.fromarray((255 * colors).round().to(torch.uint8).permute(1, 2, 0).numpy())
+        return image.resize((MOVED_SIDE, MOVED_SIDE), Image.Resampling.NEAREST)
 
     def _stream(self, inputs: Any) -> Iterator[str]:
         positions = self.model.config.text_config.max_position_embeddings
@@ -192,6 +257,39 @@ def check_uploaded(picture: dict[str, Any] | None) -> None:
     """
     if picture is not None and not Path(picture["path"]).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise ValueError("There is no such picture on this page. Upload it.")
+
+
+def compare(
+    chat: Chat, shown: bool, picture: dict[str, Any] | None, conversation: dict[str, Any] | None, other: str
+) -> list[Any]:
+    """What the panel shows: two pictures and the words about them, or nothing where nothing was asked yet."""
+    try:
+        check_uploaded(picture)
+        if not shown or picture is None or conversation is None or not other.strip():
+            return [None, None, ""]
+        (first, about_first), (second, about_second) = chat.moved(picture, conversation["instruction"], other.strip())
+        return [first, second, f"Left: {about_first}. Right: {about_second}."]
+    except ValueError as error:
+        gr.Warning(str(error))
+        return [gr.skip()] * 3
+
+
+def _moved_panel() -> tuple[gr.Checkbox, gr.Textbox, list[Any]]:
+    """The switch that shows where questions moved the picture, the other question, and what [`compare`] fills."""
+    shown = gr.Checkbox(label="Show where the question moved the picture", elem_id="show-moved")
+    with gr.Column(visible=False, elem_id="moved") as panel:
+        other = gr.Textbox(
+            EXAMPLE_QUESTIONS[1], label="Beside it, where this question would have", elem_id="other", max_lines=2,
+            max_length=PAGE_QUESTION_CHARACTERS,
+        )  # fmt: skip
+        with gr.Row():
+            pictures = [
+                gr.Image(show_label=False, container=False, interactive=False, buttons=[], format="png", min_width=120)
+                for _ in range(2)
+            ]
+        about = gr.Markdown()
+    shown.change(lambda on: gr.update(visible=on), shown, panel, show_progress="hidden", api_name=False)
+    return shown, other, [*pictures, about]
 
 
 def page(chat: Chat, note: str = "") -> gr.Blocks:
@@ -265,6 +363,7 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
                     label="What guided the picture", color_map={"instruction": "green"}, elem_id="marked",
                     combine_adjacent=True, show_whitespaces=False,
                 )  # fmt: skip
+                shown, other, moved = _moved_panel()
         buttons = [send, stop]
         asking = gr.on(
             [question.submit, send.click], ask, [question, picture, conversation, turn],
@@ -273,11 +372,16 @@ def page(chat: Chat, note: str = "") -> gr.Blocks:
         gr.on([question.submit, send.click], None, js=SHOW_TALK, api_name=False)
         # Also after an error.
         asking.then(lambda: idle, None, buttons, show_progress="hidden", api_name=False)
+        comparison = [shown, picture, conversation, other]
         stop.click(lambda: idle, None, buttons, cancels=[asking], show_progress="hidden", api_name=False)
         picture.input(check, picture, picture, preprocess=False, show_progress="hidden", api_name="check")
         parts = [talk, marked, conversation]
-        picture.change(begin, [picture, conversation], parts, preprocess=False, show_progress="hidden", api_name=False)
-        talk.clear(lambda: ([], [], None), None, parts, api_name=False)
+        changed = picture.change(
+            begin, [picture, conversation], parts, preprocess=False, show_progress="hidden", api_name=False
+        )
+        cleared = talk.clear(lambda: ([], [], None), None, parts, api_name=False)
+        for event in (asking.then, changed.then, cleared.then, shown.change, other.submit, other.blur):
+            event(partial(compare, chat), comparison, moved, preprocess=False, show_progress="hidden", api_name=False)
     return blocks
 
 

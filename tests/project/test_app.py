@@ -1,5 +1,6 @@
 """The chat page: what it answers, what it says to mistakes, and a visit in headless Chromium."""
 
+import copy
 import os
 import re
 import runpy
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("gradio", reason="the chat page needs gradio: `make test-app`")
 import httpx
+import torch
 from support.images import png_header
 
 from emma_hf import EMMA_TINY
@@ -92,6 +94,40 @@ def test_marked_words_are_those_that_were_read(chat, scene):
     read = encode_instruction(tokenizer, asked)
     assert marked == ("heart " * 60 + "star " * 15).strip()
     assert encode_instruction(tokenizer, marked) == read != encode_instruction(tokenizer, marked[: -len(" star")])
+
+
+def test_where_a_question_moved_the_picture(chat, scene):
+    """Against the model's own visual tokens, and on emma-tiny the difference that the analysis finds: next to none."""
+    instruction, other = "Is there a heart?", "What colour is the star?"
+    shown = chat.moved(scene, instruction, other)
+    pixels = chat.processor.image_processor([APP["Image"].open(scene["path"])], return_tensors="pt")["pixel_values"]
+    texts = [instruction, other, *APP["EXAMPLE_QUESTIONS"]]
+    ids = torch.tensor([encode_instruction(chat.processor.instruction_tokenizer, text) for text in texts])
+    model = copy.deepcopy(chat.model).float()
+    with torch.no_grad():
+        tokens = model.get_image_features(pixels.expand(len(texts), -1, -1, -1), ids).pooler_output
+    shares = (tokens[:2] - tokens.mean(0)).norm(dim=-1) / tokens[0].norm(dim=-1)
+    for (image, text), question, expected in zip(shown, (instruction, other), shares, strict=True):
+        assert image.size == (APP["MOVED_SIDE"], APP["MOVED_SIDE"])
+        mean, largest = (float(number) for number in re.findall(r"([\d.]+)%", text))
+        assert question in text
+        assert mean == pytest.approx(100 * expected.mean().item(), abs=0.3)
+        assert largest == pytest.approx(100 * expected.max().item(), abs=0.5)
+    # Of both pictures the patch that moved most keeps its colors, any other is darker.
+    moved = shares / shares.max()
+    whole = (pixels[0] * 0 + 1).mul(255)
+    bright = chat._dimmed((whole / 255 - mean_of(chat)) / std_of(chat), moved[0])
+    side = APP["MOVED_SIDE"] // 8
+    levels = [bright.getpixel((column * side + 5, row * side + 5))[0] for row in range(8) for column in range(8)]
+    assert levels == pytest.approx((255 * (APP["DIMMED"] + (1 - APP["DIMMED"]) * moved[0])).tolist(), abs=1)
+
+
+def mean_of(chat) -> torch.Tensor:
+    return torch.tensor(chat.processor.image_processor.image_mean)[:, None, None]
+
+
+def std_of(chat) -> torch.Tensor:
+    return torch.tensor(chat.processor.image_processor.image_std)[:, None, None]
 
 
 BAD = {
@@ -330,6 +366,18 @@ def test_a_visit(chat, tmp_path, browser):
         expect(page.locator("#marked")).to_contain_text(f"{questions[0]} instruction")
         expect(page.locator("#stop")).to_be_hidden()
         screenshot(page, "app.png", tmp_path)
+
+        page.locator("#show-moved input").check()
+        expect(page.locator("#moved img")).to_have_count(2)
+        expect(page.locator("#moved")).to_contain_text(f"\u201c{questions[0]}\u201d moves a visual token by")
+        page.locator("#other textarea").fill("Is there a star?")
+        page.locator("#other textarea").press("Enter")
+        expect(page.locator("#moved")).to_contain_text("\u201cIs there a star?\u201d moves a visual token by")
+        assert page.evaluate(BROKEN_WORDS) == []
+        page.locator("#moved").scroll_into_view_if_needed()
+        screenshot(page, "app-moved.png", tmp_path)
+        page.locator("#show-moved input").uncheck()
+        expect(page.locator("#moved")).to_be_hidden()
 
         page.locator("#ask").click()
         expect(page.get_by_test_id("toast-body")).to_contain_text("There is no question. Type one")
