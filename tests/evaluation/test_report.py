@@ -82,16 +82,16 @@ def test_what_could_not_be_read_is_counted_and_named(tmp_path):
 
 def test_the_authors_scoring_stands_beside_ours(tmp_path):
     class Task(StubTask):
-        authors_rule = "Their script turns every answer around."
+        authors_rule = "Turns every answer around."
 
         def authors_figures(self, rows):
             return {"accuracy": Figure.of_hits(row.score == 0 for row in rows)}
 
-    run = run_stub(tmp_path, always(lambda sample, text: sample.target), task=Task(), header={"authors_rule": True})
+    run = run_stub(tmp_path, always(lambda sample, text: sample.target), task=Task())
     text = (write_report(run, tmp_path), (tmp_path / "results.md").read_text())[1]
     assert "## By the authors' scoring\n\n| figure | own | swapped | empty | of |" in text
     assert "| accuracy | 0.0 (" in text.split("## By the authors' scoring")[1]
-    assert "- Their script turns every answer around." in text
+    assert "- The authors' script: Turns every answer around." in text
 
 
 def test_one_column_has_no_difference(tmp_path):

@@ -209,7 +209,7 @@ def test_every_task_from_its_files_to_its_report(name, tmp_path):
     # The authors' way of asking and scoring.
     asked = task.load(tmp_path / "data", authors=True)
     columns = columns_of(None, authors=True)
-    run = run_stub(tmp_path / "authors", always("A"), task, asked, columns, header={"authors_rule": True})
+    run = run_stub(tmp_path / "authors", always("A"), task, asked, columns)
     scored = task.authors_figures([task.answered(sample, "A") for sample in asked])
     assert summarize(run)["by the authors' scoring"].get("authors", {}).keys() == scored.keys()
 

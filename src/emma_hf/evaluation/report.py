@@ -26,7 +26,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "run": dict(run.header),
         "questions": len(run.rows[first]),
         "figures": _by_column(run, run.task.summarize),
-        "by the authors' scoring": _by_column(run, run.task.authors_figures) if run.header["authors_rule"] else {},
+        "by the authors' scoring": _by_column(run, run.task.authors_figures),
         "by kind": _by_column(run, _by_kind),
         "differences": {
             f"{first} - {rule}": paired_mean_difference(
@@ -37,7 +37,7 @@ def summarize(run: Run) -> dict[str, Any]:
             if rule != first
         },
         "unreadable": dict(run.unreadable),
-        "notes": [*run.notes, *([run.task.authors_rule] if run.task.authors_rule else [])],
+        "notes": [*run.notes, *([f"The authors' script: {run.task.authors_rule}"] if run.task.authors_rule else [])],
         "published": [asdict(each) | {"mark": MARK} for each in _published(run)],
     }
 
@@ -109,10 +109,12 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
             label = f"{'EMMA-7B' if model == 'emma' else 'LLaVA-1.5-7B'}, {MARK}"
             axes.plot(*zip(*points), marker, color="black", markerfacecolor="none", label=label)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(xlabel="percent, with 95% intervals", xlim=(0, 100), title=f"{summary['title']}: instruction by rule")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(3, len(figures)), fontsize="small")
+    # Printed figures behind the bars, not between them.
+    handles = sorted(zip(*axes.get_legend_handles_labels()), key=lambda pair: MARK in pair[1])
+    figure.legend(*zip(*handles), loc="outside lower center", ncols=min(3, len(figures)), fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...model.errors_emma import EmmaError
-from .loading_arguments import add_loading_arguments, check_loading_arguments
+from .loading_arguments import MODEL, add_loading_arguments, check_loading_arguments
 
 if TYPE_CHECKING:
     from ...evaluation.tasks.base import Task
@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate", help="a benchmark with the own, another question's and an empty instruction"
     )
-    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    evaluate.add_argument("model", nargs="?", **MODEL)
     evaluate.add_argument("--task", required=True, metavar="T", help="the benchmark; a wrong name lists them")
     evaluate.add_argument(
         "--data", default=".", metavar="DIR", help="folder of the benchmark's official files (default: this folder)"
@@ -29,9 +29,7 @@ def add_commands(commands: Any) -> None:
         help="which text the instruction encoder gets: own, first-line, question, whole, swapped, empty, constant or "
         "authors (default: own, swapped and empty, each in its column)",
     )
-    evaluate.add_argument(
-        "--authors-rule", action="store_true", help="ask and score as the authors' script does, for comparison"
-    )
+    evaluate.add_argument("--authors-rule", action="store_true", help="ask as the authors' script does, for comparison")
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at once (default: 8)")
     evaluate.add_argument(
         "--output",
