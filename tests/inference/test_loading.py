@@ -57,6 +57,23 @@ def test_wrong_arguments(converted, arguments, message):
             lambda folder: [(folder / f"{name}_config.json").unlink(missing_ok=True) for name in ("processor", "preprocessor")],
             "needs its processor beside it: .* lacks processor_config.json. `emma-hf convert",
         ),
+        (
+            lambda folder: (folder / "instruction_tokenizer" / "tokenizer_config.json").unlink(),
+            # 4.57 cannot tell the tokenizer's class then.
+            "know its tokens of start and end: .*`instruction_tokenizer/tokenizer_config.json`|files must be complete: .*copy",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "needs its weights beside it: .* lacks model.safetensors. `emma-hf convert",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
+            "index.json is not JSON .*Fetch it again",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+            "must map the names of weights to files, in `weight_map`: got None",
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_reported_before_the_weights_are_read(converted, tmp_path, damage, message):

@@ -497,6 +497,9 @@ def test_a_half_written_checkpoint_is_named(tmp_path):
     path.unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         EmmaForConditionalGeneration.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="JSON files must not be nested this deeply: .* Fetch or save it again"):
+        EmmaForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_weights_that_the_config_does_not_fit_are_named(tmp_path):

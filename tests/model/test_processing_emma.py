@@ -1,5 +1,7 @@
 """The processor: counts, instructions, prompt ids, chat templates, saving and loading, and its errors."""
 
+import copy
+import inspect
 import json
 import logging
 import shutil
@@ -11,10 +13,12 @@ from PIL import Image
 from support.processes import run_python
 from support.recorded import IMAGE_TOKENS, recorded_inputs
 from transformers import pipeline, tokenization_utils_base
+from transformers.processing_utils import Unpack
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction
+from emma_hf.model.processing_emma import EmmaProcessorKwargs
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -578,12 +582,24 @@ def test_wrong_arguments_are_named(processor, arguments, message):
         processor(**arguments)
 
 
+def test_the_keywords_of_a_call_are_typed():
+    keywords = inspect.signature(EmmaProcessor.__call__).parameters["kwargs"]
+    assert keywords.annotation == Unpack[EmmaProcessorKwargs]
+    assert {"text_kwargs", "images_kwargs"} <= set(EmmaProcessorKwargs.__annotations__)
+
+
 def test_parts_in_the_wrong_place_are_named(processor):
     parts = processor.image_processor, processor.tokenizer, processor.instruction_tokenizer
     with pytest.raises(ValueError, match=r"`instruction_tokenizer` must be CLIP's"):
         EmmaProcessor(parts[0], parts[1], parts[1], image_seq_length=16)
     with pytest.raises(ValueError, match=r"`tokenizer` must know the placeholder '<image>' as one token"):
         EmmaProcessor(parts[0], parts[2], parts[2], image_seq_length=16)
+    nameless = copy.deepcopy(parts[2])
+    nameless.bos_token = None
+    with pytest.raises(
+        ValueError, match=r"must know its tokens of start and end: got None and '<end_of_text>'. A folder"
+    ):
+        EmmaProcessor(parts[0], parts[1], nameless, image_seq_length=16)
     with pytest.raises(ValueError, match="must be 'image' or 'last': got 'all'"):
         EmmaProcessor(*parts, instruction_turn="all")
 

@@ -1,14 +1,16 @@
 """4-bit and 8-bit loading: what is quantized, saved exactly, trained, merged, and refused."""
 
 import re
+import shutil
 
 import pytest
 import torch
+from support.checkpoints import edit
 from support.models import LANGUAGE_LINEARS, tiny_config, tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EMMA_TINY, EmmaError, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.conversion import convert
 from emma_hf.model import quantization_emma
@@ -183,6 +185,26 @@ def test_merging_after_an_evaluation_is_merging(name, inputs):
     expected, found = merged(False), merged(True)
     for (key, weight), other in zip(found.state_dict().items(), expected.state_dict().values()):
         assert not isinstance(weight, torch.Tensor) or torch.equal(weight, other), key
+
+
+@pytest.mark.parametrize(
+    "values", [{"load_in_4bit": True}, {"load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}]
+)
+def test_a_config_that_calls_unquantized_weights_quantized_is_named(trainable, tmp_path, values):
+    folder = shutil.copytree(trainable, tmp_path / "copy")
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", **values})
+    if not TRANSFORMERS_5 and "load_in_8bit" in values:
+        # This version quantizes them.
+        loaded = EmmaForConditionalGeneration.from_pretrained(folder)
+        assert type(loaded.model.language_model.layers[0].mlp.up_proj.weight).__name__ == "Int8Params"
+        return
+    message = "The weights must be quantized as config.json says: .*copy has `model.* in torch.float32. If the"
+    if not TRANSFORMERS_5:
+        message = "Each weight must be stored in the form that the config says: .*copy lacks some .* If the weights are"
+    if "bits" in values:
+        message = "Quantized weights need the package of their method: .*copy asks for one that is not installed"
+    with pytest.raises(EmmaError, match=message):
+        EmmaForConditionalGeneration.from_pretrained(folder)
 
 
 def test_sizes_that_cannot_be_packed_are_named(tmp_path):

@@ -40,6 +40,14 @@ def test_an_output_that_exists_is_refused(tmp_path):
         pass
 
 
+def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path):
+    for target in (tmp_path / "none", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        with pytest.raises(EmmaError, match="OUTPUT must not exist yet: .*link does"), new_folder(tmp_path / "link"):
+            raise AssertionError("no work")
+
+
 # Writes half of a model, says so, and waits to be killed.
 RUN = """
 import sys, time

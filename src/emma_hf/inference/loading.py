@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..model.configuration_emma import EmmaConfig
 from ..model.errors_emma import EmmaError
@@ -12,6 +13,7 @@ from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config, is_quantized
 from ..storage.folders import read_json
 from ..storage.hub_access import resolve
+from ..storage.tensors import read_weight_map
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Files of a Hub repository that loading reads: neither pickles nor code.
@@ -82,6 +84,11 @@ def _check_converted(folder: Path) -> None:
         )
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise EmmaError(f"A model needs its processor beside it: {folder} lacks {PROCESSOR_FILES[0]}. {CONVERT}")
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        read_weight_map(folder / SAFE_WEIGHTS_INDEX_NAME)
+    elif not (folder / SAFE_WEIGHTS_NAME).is_file():
+        # Pickles are not read here.
+        raise EmmaError(f"A model needs its weights beside it: {folder} lacks {SAFE_WEIGHTS_NAME}. {CONVERT}")
 
 
 def _load_processor(folder: Path) -> EmmaProcessor:

@@ -131,6 +131,24 @@ def instructions_per_image(instructions: Any, counts: list[int]) -> list[str]:
     return [instruction for row in rows for instruction in row]
 
 
+def check_instruction_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that [`encode_instruction`] cannot use.
+
+    Raises:
+        EmmaError: another vocabulary than CLIP's, or no tokens of start and end.
+    """
+    if "a</w>" not in tokenizer.get_vocab():
+        raise EmmaError(
+            "`instruction_tokenizer` must be CLIP's, whose words end in `</w>`: got "
+            f"{type(tokenizer).__name__}. In a folder it lies in `instruction_tokenizer/`."
+        )
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise EmmaError(
+            f"`instruction_tokenizer` must know its tokens of start and end: got {tokenizer.bos_token!r} and "
+            f"{tokenizer.eos_token!r}. A folder names them in `instruction_tokenizer/tokenizer_config.json`: fetch it."
+        )
+
+
 def encode_instruction(tokenizer: PreTrainedTokenizerBase, text: str, length: int = 77) -> list[int]:
     """Ids of one instruction: start, byte-pair ids, end, padded with 0 to `length`.
 

@@ -10,6 +10,11 @@ from .errors_emma import EmmaError, MissingPackageError
 
 QUANTIZATION_EXTRA = 'pip install "emma-hf[quantization]"'
 
+UNQUANTIZED_REMEDY = (
+    "If the weights are not quantized, remove `quantization_config` from config.json, and pass it to `from_pretrained` "
+    "instead."
+)
+
 # Type and text of what Transformers and safetensors raise, and the error that is raised in its place. A missing package
 # is an ImportError in some places of Transformers and its relative in others.
 LOADING_ERRORS: tuple[tuple[type[Exception], str, type[EmmaError], str], ...] = (
@@ -35,6 +40,26 @@ LOADING_ERRORS: tuple[tuple[type[Exception], str, type[EmmaError], str], ...] = 
         f"`{QUANTIZATION_EXTRA}`.",
     ),
     (
+        ImportError,
+        "quantiz",
+        MissingPackageError,
+        "Quantized weights need the package of their method: {source} asks for one that is not installed ({error}).",
+    ),
+    (
+        # 4.57, where a quantized layer finds nothing in the checkpoint.
+        NotImplementedError,
+        "meta tensor",
+        EmmaError,
+        "Each weight must be stored in the form that the config says: {source} lacks some in that form ({error}). "
+        f"{UNQUANTIZED_REMEDY}",
+    ),
+    (
+        RecursionError,
+        "JSON",
+        EmmaError,
+        "JSON files must not be nested this deeply: {source} has one that is ({error}). Fetch or save it again.",
+    ),
+    (
         RuntimeError,
         "conversion of the weights",
         EmmaError,
@@ -52,8 +77,8 @@ def loading_errors(source: object) -> Iterator[None]:
         source: name of the checkpoint, for the message.
 
     Raises:
-        EmmaError: a weight file that is truncated or damaged, weights of another shape than the config says, or a
-            quantization that cannot run here.
+        EmmaError: a weight file that is truncated or damaged, weights of another shape or form than the config says, or
+            a quantization that cannot run here.
         MissingPackageError: a quantization whose package is missing or too old.
     """
     try:
@@ -65,4 +90,4 @@ def loading_errors(source: object) -> Iterator[None]:
         raise
 
 
-__all__ = ["loading_errors"]
+__all__ = ["UNQUANTIZED_REMEDY", "loading_errors"]

@@ -51,7 +51,7 @@ from .fused_alignment import visual_alignment_reference
 from .fusion_emma import check_fusion_implementation, fused_adaptation, should_use_kernels
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
-from .quantization_emma import add_modules_to_skip, check_quantizable, keep_exact
+from .quantization_emma import add_modules_to_skip, check_quantizable, check_quantized, keep_exact
 
 # Per-image inputs: one row per image, needed only in the prefill step.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
@@ -205,17 +205,19 @@ class EmmaPreTrainedModel(PreTrainedModel):
         never generated, whatever the checkpoint's `generation_config.json` says of `suppress_tokens`.
 
         Raises:
-            EmmaError: a weight file that is truncated or damaged, weights of another shape than the config says, or
-                layers of a size that 4 bits cannot pack.
+            EmmaError: a weight file that is truncated or damaged, weights of another shape or form than the config
+                says, or layers of a size that 4 bits cannot pack.
             MissingPackageError: a quantization whose package is missing or too old.
         """
         mapping = tower_key_mapping()
         if mapping is not None:
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
         kwargs = add_modules_to_skip(kwargs)
-        with loading_errors(args[0] if args else "the checkpoint"):
+        source = args[0] if args else "the checkpoint"
+        with loading_errors(source):
             loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_quantized(model, source)
         keep_exact(model)
         if model.can_generate():
             suppress_image_token(model.generation_config, model.config)

@@ -28,6 +28,7 @@ from .errors_emma import EmmaError
 from .image_processing_emma import EmmaImageProcessor, is_nested, rows_of_images
 from .instruction_emma import (
     PLACEHOLDER_ESCAPE,
+    check_instruction_tokenizer,
     check_text,
     encode_instruction,
     instructions_from_messages,
@@ -97,11 +98,8 @@ class EmmaProcessor(ProcessorMixin):
             raise EmmaError(f"`instruction_turn` must be 'image' or 'last': got {instruction_turn!r}.")
         if tokenizer is not None:
             self._check_tokenizer()
-        if instruction_tokenizer is not None and "a</w>" not in instruction_tokenizer.get_vocab():
-            raise EmmaError(
-                "`instruction_tokenizer` must be CLIP's, whose words end in `</w>`: got "
-                f"{type(instruction_tokenizer).__name__}. In a folder it lies in `instruction_tokenizer/`."
-            )
+        if instruction_tokenizer is not None:
+            check_instruction_tokenizer(instruction_tokenizer)
 
     # pragma: no mutate end
     def _check_tokenizer(self) -> None:

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from .compat_emma import is_left_unquantized
 from .errors_emma import EmmaError
-from .loading_emma import loading_errors
+from .loading_emma import UNQUANTIZED_REMEDY, loading_errors
 
 # All but the language model's layers keep their dtype. With and without the name of the base model, because
 # Transformers 5 compares from the start of a module's path.
@@ -102,6 +102,25 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
             )
 
 
+def check_quantized(model: nn.Module, source: object) -> None:
+    """Refuse a loaded model whose layers wait for quantized weights and got others.
+
+    Args:
+        model: a model that `from_pretrained` has loaded.
+        source: name of the checkpoint, for the message.
+
+    Raises:
+        EmmaError: the config says that the weights are quantized, and they are not.
+    """
+    for name, module in model.named_modules():
+        # What bitsandbytes loads or makes has a class of its own.
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and type(module.weight) is nn.Parameter:
+            raise EmmaError(
+                f"The weights must be quantized as config.json says: {source} has `{name}` in {module.weight.dtype}. "
+                f"{UNQUANTIZED_REMEDY}"
+            )
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether a quantizer of Transformers replaced layers of `model`."""
     return bool(getattr(model, "is_quantized", False))
@@ -163,4 +182,11 @@ def _exact_linear() -> type | None:
     return ExactLinear4bit
 
 
-__all__ = ["NOT_QUANTIZED", "add_modules_to_skip", "bitsandbytes_config", "check_quantizable", "keep_exact"]
+__all__ = [
+    "NOT_QUANTIZED",
+    "add_modules_to_skip",
+    "bitsandbytes_config",
+    "check_quantizable",
+    "check_quantized",
+    "keep_exact",
+]

@@ -39,7 +39,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 def refuse_existing(output: str | Path) -> None:
     """Raise `EmmaError` where `output` exists; a long run calls this at its beginning."""
-    if Path(output).exists():
+    # A link that leads nowhere would fail at the end only.
+    if os.path.lexists(output):
         raise EmmaError(f"OUTPUT must not exist yet: {output} does. Name another folder, or remove it.")
 
 

@@ -189,15 +189,25 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The file of each weight, from the index of a checkpoint's shards.
+
+    Raises:
+        FileNotFoundError: there is no such index.
+        EmmaError: a file that is no index.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise EmmaError(
+            f"{path} must map the names of weights to files, in `weight_map`: got {weight_map!r:.80}. Fetch it again."
+        )
+    return weight_map
+
+
 def _read_shards(
     folder: Path, index_name: str, read: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    weight_map = read_json(folder / index_name).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise EmmaError(
-            f"{folder / index_name} must map the names of weights to files, in `weight_map`: got {weight_map!r:.80}. "
-            "Fetch it again."
-        )
+    weight_map = read_weight_map(folder / index_name)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or not (folder / name).is_file():

@@ -155,4 +155,7 @@ def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
         )
-    return EmmaForConditionalGeneration.from_pretrained(script.model, dtype=script.dtype, **options)
+    # Pickles are not read here.
+    return EmmaForConditionalGeneration.from_pretrained(
+        script.model, dtype=script.dtype, use_safetensors=True, **options
+    )

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from ... import EMMA_TINY
@@ -69,8 +70,12 @@ def _check_draw(args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace) -> None:
+    from PIL import Image
+
     from ...tiny import Scene, caption, draw
 
+    if Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
+        raise EmmaError(f"IMAGE must end in the name of a format, such as .png or .jpg: got {args.output!r}.")
     scene = Scene.random(args.seed)
     draw(scene, args.side).save(args.output)
     print(f"wrote {args.output}: {caption(scene)}", file=sys.stderr)
