@@ -458,9 +458,12 @@ def is_nested(images: Any) -> bool:
 
 
 def rows_of_images(images: Any) -> list[list[Any]]:
-    """Images as one list per prompt, or as a single list where they are not grouped."""
+    """Images as one list per prompt, or as a single list where they are not grouped.
+
+    Among lists, None stands for a prompt without images, as TRL writes it.
+    """
     if is_nested(images):
-        return [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+        return [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     return [list(images) if isinstance(images, (list, tuple)) or is_batch else [images]]
 
