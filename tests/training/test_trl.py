@@ -1,8 +1,11 @@
-"""TRL trains EMMA as it is: supervised fine-tuning and preferences on pictures."""
+"""TRL trains EMMA as it is: supervised fine-tuning and preferences, paired or not, on pictures."""
+
+import math
 
 import pytest
 import torch
 from PIL import Image
+from support.models import make_attentive
 
 from emma_hf import EmmaForConditionalGeneration
 from emma_hf.data import ChatDataset
@@ -107,3 +110,94 @@ def test_preferences(trainable, processor, pictures, tmp_path):
     assert sorted(set(seen)) == QUESTIONS
     pixels = batches[0]["pixel_values"]
     assert torch.equal(pixels[: len(PICTURES)], pixels[len(PICTURES) :])
+
+
+# Rows with one picture, none and two.
+MIXED = {
+    "What is this?": ["photo.jpg"],
+    "Hello there": [],
+    "Which of the two is wider, the first or the second?": ["wide.png", "tiny.png"],
+    "Is it a palette?": ["palette.png"],
+}
+WHALE = "A blue whale."
+ROWS = {
+    "SFT": {
+        "prompt": [chat("user", question) for question in MIXED],
+        "completion": [chat("assistant", ANSWER)] * len(MIXED),
+    },
+    "DPO": {
+        "prompt": [chat("user", question) for question in MIXED],
+        "chosen": [chat("assistant", ANSWER)] * len(MIXED),
+        "rejected": [chat("assistant", WHALE)] * len(MIXED),
+    },
+    "KTO": {
+        "prompt": [chat("user", question) for question in MIXED],
+        "completion": [chat("assistant", ANSWER), chat("assistant", WHALE)] * 2,
+        "label": [True, False] * 2,
+    },
+}
+
+
+def log_probabilities(model, processor, batch: dict, pictures: dict, instruction_of=lambda question: question):
+    """Sum over the labels of each row of a batch, (rows,), with the pictures and the instruction of its question."""
+    sums = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]):
+        question = next(question for question in MIXED if question in processor.tokenizer.decode(ids[mask]))
+        inputs = {"input_ids": ids[mask][None]}
+        if images := pictures[question]:
+            inputs |= processor.image_processor(images, return_tensors="pt")
+            instruction = encode_instruction(processor.instruction_tokenizer, instruction_of(question))
+            inputs["instruction_input_ids"] = torch.tensor([instruction] * len(images))
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, :-1]
+        labels = labels[mask][1:]
+        rows = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        sums.append(rows[labels != -100].sum())
+    return torch.stack(sums)
+
+
+def logged(kind: str, batch: dict, sums: torch.Tensor, processor) -> dict[str, float]:
+    """What TRL logs of log-probabilities (rows,): the mean loss of a label, or the means of good and bad answers."""
+    if kind == "SFT":
+        return {"loss": -sums.sum().item() / (batch["labels"][:, 1:] != -100).sum().item()}
+    is_good = torch.tensor([ANSWER in processor.tokenizer.decode(ids) for ids in batch["input_ids"]])
+    return {"logps/chosen": sums[is_good].mean().item(), "logps/rejected": sums[~is_good].mean().item()}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_what_is_logged_is_of_each_row_with_its_pictures_and_instruction(
+    trainable, processor, reference, tmp_path, kind
+):
+    make_attentive(EmmaForConditionalGeneration.from_pretrained(trainable)).save_pretrained(tmp_path / "model")
+    # The reference models come from there.
+    initial, model = (EmmaForConditionalGeneration.from_pretrained(tmp_path / "model").eval() for _ in range(2))
+    pictures = {
+        question: [Image.open(reference / "images" / name).convert("RGB") for name in names]
+        for question, names in MIXED.items()
+    }
+    batches = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs) if torch.is_grad_enabled() else None, with_kwargs=True
+    )
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path), per_device_train_batch_size=len(MIXED), max_steps=1, max_length=None, bf16=False,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=prepare(model, "finetune"), args=args, processing_class=processor,
+        train_dataset=datasets.Dataset.from_dict({**ROWS[kind], "images": list(pictures.values())}),
+    )  # fmt: skip
+    trainer.train()
+    (batch,), log = batches, trainer.state.log_history[0]
+    # A trained model that is still its reference has the loss of no preference.
+    assert log["loss"] == pytest.approx({"DPO": math.log(2), "KTO": 0.5}.get(kind, log["loss"]), abs=1e-4)
+    expected = logged(kind, batch, log_probabilities(initial, processor, batch, pictures), processor)
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    swapped = {**pictures, "What is this?": pictures["Is it a palette?"]}
+    for other in (
+        log_probabilities(initial, processor, batch, swapped),
+        log_probabilities(initial, processor, batch, pictures, lambda question: f"{question}?"),
+    ):
+        # With other pictures or instructions the good answers would have another probability.
+        name, value = next(iter(logged(kind, batch, other, processor).items()))
+        assert log[name] != pytest.approx(value, rel=1e-4)
