@@ -82,12 +82,13 @@ def redundancy(path: VisionPath, sample: Sample, seed: int = 0, progress: bool =
         "cosine": {answer: {stage: [] for stage in STAGES} for answer in ANSWERS},
         "class_cosine": {stage: [] for stage in STAGES},
     }
+    others = other_instructions(rows, seed)
     chosen = sorted(random.Random(seed).sample(range(len(rows)), min(QUESTIONS, len(rows))))
     for index, vectors in zip(
         tqdm(chosen, desc="mutual information", disable=not progress), _answers(path, sample, chosen, seed)
     ):
         image = int(sample.images[index])
-        other = path.instruction_ids([other_instructions(rows, seed)[index]])
+        other = path.instruction_ids([others[index]])
         for stage, tokens in _stages(path, sample, image, index, path.instruction_tokens(other)[0]).items():
             result["class_cosine"][stage] += cosine(tokens, sample.class_tokens[image]).tolist()
             few = tokens[chosen_tokens(len(tokens), seed, len(rows))[index]]

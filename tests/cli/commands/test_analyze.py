@@ -1,10 +1,12 @@
 """`emma-hf analyze`: which words are what, its errors, and its report."""
 
 import json
+import sys
 
 import pytest
 from support.analyzed import small, small_rows
 
+from emma_hf.analysis.figures import FIGURES
 from emma_hf.cli import main
 
 
@@ -31,7 +33,9 @@ def here(folder, monkeypatch):
     return folder
 
 
-def test_a_report_of_a_file_of_questions(here, tmp_path, capfd):
+def test_a_report_of_a_file_of_questions(here, tmp_path, capfd, monkeypatch):
+    # The figures have tests of their own, and take their time.
+    monkeypatch.setattr("emma_hf.analysis.figures.FIGURES", FIGURES[:1])
     output = tmp_path / "out"
     arguments = ["analyze", "model", "1.png", "Is there a cross?", "--questions", "rows.jsonl", "--max-new-tokens", "2"]
     assert main([*arguments, "--count", "4", "--seed", "3", "--output", str(output)]) == 0
@@ -103,6 +107,22 @@ def test_mistakes_are_one_line_and_status_2(here, capfd, arguments, message):
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("emma-hf: ")]
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("sklearn.feature_selection", "Mutual information needs scikit-learn"),
+        ("matplotlib.figure", "Plots need matplotlib"),
+    ],
+)
+def test_missing_packages_are_named_before_a_model_is_loaded(here, tmp_path, monkeypatch, capfd, module, message):
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["analyze", "none", "--questions", "rows.jsonl", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert message in line
+    assert 'pip install "emma-hf[analysis]"' in line
 
 
 @pytest.mark.slow

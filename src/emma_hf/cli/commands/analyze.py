@@ -68,19 +68,21 @@ def _check(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from ...analysis import Row, analyze, write_report
+    from ...analysis.mutual_information import estimator
     from ...inference import load_model
+    from ...model.image_processing_emma import EmmaImageProcessor
     from ...storage.folders import refuse_existing
     from ...training.plots import figure_class
 
+    # Before the answers, which take long: what is missing or in the way is reported at once.
+    estimator()
     if args.output is not None:
-        # Before the answers, which take long.
         refuse_existing(args.output)
         figure_class("analysis")
-    rows = _rows(args)
+    EmmaImageProcessor().fetch_images([image for image, _ in args.pairs])
+    examples = [Row(*pair) for pair in args.pairs]
+    rows = _rows(args) or examples
     model, processor = load_model(args.model, args.device, args.dtype, args.quantization)
-    images = processor.image_processor.fetch_images([image for image, _ in args.pairs])
-    examples = [Row(image, question) for image, (_, question) in zip(images, args.pairs)]
-    rows = rows or examples
     result = analyze(model, processor, rows, examples, args.seed, args.max_new_tokens, progress=True)
     print("\n".join(result["verdict"]))
     if args.output is not None:
