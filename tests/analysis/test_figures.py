@@ -141,7 +141,7 @@ def test_texts_and_marks_stand_out_from_their_paper(theme):
     assert contrast(colors["ink"], colors["paper"]) > 7
     for color in colors["colors"]:
         # What WCAG asks of graphics.
-        assert contrast(color, colors["paper"]) >= 2.5
+        assert contrast(color, colors["paper"]) >= 3
 
 
 @pytest.mark.parametrize("variant", [{"visual_offset": True}, {"class_token": True}], ids=str)

@@ -9,10 +9,10 @@ import numpy as np
 from ..evaluation.statistics import QUANTILE
 from ..training.plots import figure_class
 
-# Colors of Okabe and Ito (2008), which the color-blind can tell apart; of the same hues the lighter ones on dark.
+# Colors after Okabe and Ito (2008), which the color-blind can tell apart: darker on light pages, lighter on dark ones.
 THEMES: dict[str, dict[str, Any]] = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "faint": "#8c959f",
-              "colors": ("#0072b2", "#d55e00", "#009e73", "#cc79a7")},
+              "colors": ("#0072b2", "#d55e00", "#009e73", "#b8608f")},
     "dark": {"paper": "#0d1117", "ink": "#e6edf3", "faint": "#8b949e",
              "colors": ("#56b4e9", "#e69f00", "#2fc79a", "#e3a3c7")},
 }  # fmt: skip
