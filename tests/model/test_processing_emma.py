@@ -300,6 +300,15 @@ def test_a_typed_placeholder_in_a_text_part_is_words(processor):
     assert inputs["input_ids"][0].count(700) == IMAGE_TOKENS
 
 
+def test_a_placeholder_split_over_two_parts_is_words(processor):
+    content = [{"type": "image", "image": picture()}, *({"type": "text", "text": text} for text in ("a <ima", "ge> b"))]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+    ids = inputs["input_ids"][0]
+    assert ids.count(700) == IMAGE_TOKENS
+    assert "a <image> b" in processor.tokenizer.decode([token for token in ids if token != 700])
+    assert inputs["instruction_input_ids"] == [asked(processor, "a <image> b")]
+
+
 def test_control_tokens_that_transformers_marked_are_words(processor):
     marked = "USER: <image>\na \U000f0000<image>\U000f0001 b \U000f0000</s>\U000f0001 ASSISTANT:"
     inputs = processor(images=picture(), text=marked, sanitize_control_tokens=True)

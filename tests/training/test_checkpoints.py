@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,12 @@ def test_a_file_that_was_cut_off_is_found(output, name):
         path.write_bytes(content[: int(len(content) * share)])
         assert incomplete_checkpoints(output) == [(path.parent, f"{name} is missing or cut off")], share
     assert last_complete_checkpoint(output) == str(output / "checkpoint-9")
+
+
+def test_an_archive_that_torch_did_not_write_is_found(output):
+    with zipfile.ZipFile(output / "checkpoint-10" / "optimizer.pt", "w") as archive:
+        archive.writestr("x", "y")
+    assert [reason for _, reason in incomplete_checkpoints(output)] == ["optimizer.pt is missing or cut off"]
 
 
 def test_what_never_got_its_last_file_is_set_aside(output):

@@ -154,7 +154,27 @@ def test_the_help_names_the_arguments(capsys):
     assert "--gradient_accumulation_steps" in text
 
 
-def test_an_empty_file_of_rows_is_told_before_training(train, capsys, tmp_path):
+@pytest.mark.parametrize("option", ["--train_data", "--eval_data"])
+def test_an_empty_file_of_rows_is_told_before_training(train, capsys, tmp_path, option):
     (tmp_path / "none.jsonl").write_text("")
-    assert train("finetune", "--train_data", str(tmp_path / "none.jsonl")) == 2
-    assert "`--train_data` must hold at least one row: " in capsys.readouterr().err.splitlines()[-1]
+    assert train("finetune", option, str(tmp_path / "none.jsonl")) == 2
+    assert f"`{option}` must hold at least one row: " in capsys.readouterr().err.splitlines()[-1]
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_code_in_a_checkpoint_is_not_run_and_told(train, capsys, tmp_path):
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert train("finetune", *options(1, 1e-4), *saving) == 0
+    torch.save({"state": Code()}, tmp_path / "out" / "checkpoint-1" / "optimizer.pt")
+    assert train("finetune", *options(2, 1e-4), *saving) == 2
+    out, err = capsys.readouterr()
+    assert "this must never run" not in out
+    assert re.fullmatch(
+        "emma-hf: A checkpoint must hold what this command wrote: a file of .*checkpoint-1 holds something else, and none "
+        "of it is run .*Remove that checkpoint.*",
+        err.splitlines()[-1],
+    )

@@ -84,11 +84,12 @@ def _is_readable(path: Path) -> bool:
                 return True
         if path.suffix in (".pt", ".pth", ".bin"):
             # torch writes zip files, and the index of a zip file at its end. Nothing is unpickled here.
-            return zipfile.is_zipfile(path)
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith("/data.pkl") for name in archive.namelist())
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         return path.is_file()
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
         return False
 
 

@@ -8,6 +8,7 @@ checkpoint. Every argument of `TrainingArguments` is an option.
 """
 
 import os
+import pickle
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +61,8 @@ def main(arguments: list[str]) -> None:
     figure_class()
     set_seed(args.seed)
     processor = EmmaProcessor.from_pretrained(script.model)
-    template = STAGES[script.stage].template
-    rows = {"processor": processor, "image_folder": script.image_folder, "template": template}
-    train_data = ConversationDataset(script.train_data, on_error=script.on_error, **rows)
-    eval_data = ConversationDataset(script.eval_data, on_error=script.on_error, **rows) if script.eval_data else None
-    if not len(train_data):
-        raise EmmaError(f"`--train_data` must hold at least one row: {script.train_data} holds none.")
+    train_data = _read_rows("--train_data", script.train_data, script, processor)
+    eval_data = _read_rows("--eval_data", script.eval_data, script, processor) if script.eval_data else None
 
     trainer = EmmaTrainer(
         model=prepare(load(script), script.stage, script.lora_r, script.lora_alpha, script.lora_dropout),
@@ -80,7 +77,15 @@ def main(arguments: list[str]) -> None:
     )
     if eval_data is not None:
         trainer.add_callback(SampleAnswersCallback(eval_data, processor, script.sample_answers))
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EmmaError(
+            f"A checkpoint must hold what this command wrote: a file of {checkpoint} holds something else, and none of "
+            f"it is run ({reason}). Remove that checkpoint; the run then goes on from the one before."
+        ) from error
 
     if eval_data is not None:
         trainer.save_metrics("eval", trainer.evaluate())
@@ -94,6 +99,19 @@ def main(arguments: list[str]) -> None:
             processor.save_pretrained(merged)
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _read_rows(option: str, path: str, script: ScriptArguments, processor: EmmaProcessor) -> ConversationDataset:
+    rows = ConversationDataset(
+        path,
+        processor,
+        script.image_folder,
+        template=STAGES[script.stage].template,
+        on_error=script.on_error,
+    )
+    if not len(rows):
+        raise EmmaError(f"`{option}` must hold at least one row: {path} holds none.")
+    return rows
 
 
 def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
