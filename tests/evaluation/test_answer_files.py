@@ -45,6 +45,17 @@ def test_parts_become_one_file_in_the_order_asked_for(tmp_path):
     assert rows == [HEADER, *map(row, (1, 2, 3, 4))]
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    pytest.importorskip("fcntl")
+    with (
+        append_answers(tmp_path, HEADER, 0),
+        pytest.raises(EmmaError, match="process-0.jsonl is being written by another run. Wait for it"),
+        append_answers(tmp_path, HEADER, 0),
+    ):
+        pass
+    append(tmp_path, 1)
+
+
 @pytest.mark.parametrize("name", HEADER)
 def test_another_run_is_refused_by_both_names(tmp_path, name):
     append(tmp_path, 1)

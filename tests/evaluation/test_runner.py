@@ -125,8 +125,9 @@ def test_images_that_cannot_be_read_are_named_and_wrong(tmp_path):
     assert "KeyError" in run.unreadable["q3"]
     for row in run.rows["swapped"][1:5]:
         assert (row.answer, row.parsed, row.score) == ("", None, 0.0)
-    # They are remembered.
+    # They are remembered, and those of a part are that part's.
     assert run_stub(tmp_path / "run", None, asked=asked).unreadable == run.unreadable
+    assert set(run_stub(tmp_path / "run", None, asked=asked, limit=3).unreadable) == {"q1", "q2"}
 
 
 def test_a_file_of_several_questions_is_read_once_a_batch(tmp_path, monkeypatch):

@@ -9,6 +9,12 @@ from typing import Any, TextIO
 
 from ..model.errors_emma import EmmaError
 
+try:
+    import fcntl
+except ImportError:
+    # Windows has none.
+    fcntl = None  # type: ignore[assignment]
+
 # The answers of a finished run, in the order of the task; while it runs, each process has a part of its own.
 MERGED = "answers.jsonl"
 PART = "answers-of-process-{}.jsonl"
@@ -40,15 +46,25 @@ def read_answers(folder: Path, header: Mapping[str, Any]) -> Answers:
 
 @contextmanager
 def append_answers(folder: Path, header: Mapping[str, Any], process: int) -> Iterator[TextIO]:
-    """Open the part of one process to append rows with [`write_rows`]; what a kill tore is cut off first."""
+    """Open the part of one process to append rows with [`write_rows`]; what a kill tore is cut off first.
+
+    Raises:
+        EmmaError: another process is writing it.
+    """
     path = folder / PART.format(process)
-    complete = sum(len(line) + 1 for line in _complete_lines(path)) if path.exists() else 0
-    with open(path, "ab") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise EmmaError(
+                    f"{path} is being written by another run. Wait for it, end it, or name another `--output`."
+                ) from error
+        complete = sum(len(line) + 1 for line in _complete_lines(path))
         file.truncate(complete)
-    with open(path, "a", encoding="utf-8", newline="\n") as text:
         if not complete:
-            write_rows(text, [header])
-        yield text
+            write_rows(file, [header])
+        yield file
 
 
 def write_rows(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:

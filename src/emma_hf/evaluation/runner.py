@@ -182,9 +182,9 @@ def run_task(
     missing = {each.id: [rule for rule in texts if (each.id, rule) not in answers] for each in own}
     pending = [sample for sample in own if missing[sample.id]]
     if pending:
-        answerer = load()
         bar = tqdm(total=len(own), initial=len(own) - len(pending), desc=task.name, disable=processes.index > 0)
         with append_answers(output, header, processes.index) as file, bar:
+            answerer = load()
             for batch in _batches(pending, missing, batch_size):
                 write_rows(file, _answered(task, batch, missing[batch[0].id], texts, answerer))
                 bar.update(len(batch))
@@ -193,7 +193,8 @@ def run_task(
         return None
     found = merge_answers(output, header, [(sample.id, rule) for sample in asked for rule in texts])
     rows = {rule: [_scored(sample, found[sample.id, rule]) for sample in asked] for rule in texts}
-    unreadable = {each: row["unreadable"] for (each, _), row in found.items() if "unreadable" in row}
+    first = [(sample.id, found[sample.id, next(iter(texts))]) for sample in asked]
+    unreadable = {each: row["unreadable"] for each, row in first if "unreadable" in row}
     return Run(task, header, rows, unreadable, notes)
 
 
