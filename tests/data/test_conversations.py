@@ -47,6 +47,40 @@ def test_the_training_text_is_the_chat_template(processor, turns, system, images
     assert len(spans) == len(labels)
 
 
+@pytest.mark.parametrize("system", [[], [{"from": "system", "value": "Be <image> brief."}]])
+def test_the_answers_and_their_ends_have_labels_and_nothing_else(processor, system):
+    def ids_of(text: str) -> list[int]:
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    turns = [("human", "a"), ("gpt", "b <image> c"), ("human", "d"), ("gpt", "e")]
+    conversation = [*system, *({"from": role, "value": text} for role, text in turns)]
+    ids, labels = encode_conversation(processor, conversation)
+    learned = [token for token in labels if token != IGNORE_INDEX]
+    end = processor.tokenizer.eos_token_id
+    assert processor.tokenizer.decode(learned) == "b <image> c</s> e</s>"
+    assert learned[-len(ids_of("e")) - 1 :] == [*ids_of("e"), end]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels))
+    assert processor.image_token_id not in ids
+    # The first stage learns the caption and its line break.
+    caption = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a hat"}]
+    ids, labels = encode_conversation(processor, caption, "plain")
+    words = ids_of("a hat\n")
+    assert ids == [processor.tokenizer.bos_token_id, *[processor.image_token_id] * IMAGE_TOKENS, *words]
+    assert labels == [IGNORE_INDEX] * (1 + IMAGE_TOKENS) + words
+
+
+def test_a_row_may_fill_the_context_and_no_more(processor, monkeypatch):
+    conversation = [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
+    length = len(encode_conversation(processor, conversation)[0])
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", length)
+    assert len(encode_conversation(processor, conversation)[0]) == length
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", length - 1)
+    with pytest.raises(
+        ValueError, match=f"context of {length - 1} tokens: it has {length}, 1 too many. Shorten it, or"
+    ):
+        encode_conversation(processor, conversation)
+
+
 @pytest.mark.parametrize("where", ["human", "gpt", "system"])
 def test_half_a_surrogate_pair_is_named(processor, where):
     conversation = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]

@@ -213,6 +213,60 @@ def test_malformed_requests_are_told_what_is_wrong(handler, scene):
             handler(data)
 
 
+def test_the_prompt_is_the_chat_template_s(handler, scene, seen):
+    handler({"inputs": {"image": scene, "question": QUESTION}, "parameters": {"top_k": None, "max_new_tokens": 1}})
+    prompt = handler.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}],
+        add_generation_prompt=True,
+    )
+    assert prompt.endswith(f"{QUESTION} ASSISTANT:")
+    assert seen["input_ids"].tolist() == handler.processor(images=scene, text=prompt)["input_ids"]
+    assert seen["max_new_tokens"] == 1
+
+
+def test_every_limit_is_itself_allowed(handler, scene, seen, monkeypatch):
+    request = {"inputs": {"image": scene, "question": QUESTION, "instruction": "the star " * 20}}
+    handler({**request, "parameters": {"max_new_tokens": 1}})
+    length, config = seen["input_ids"].shape[1], handler.model.config.get_text_config()
+    monkeypatch.setattr(config, "max_position_embeddings", length + 1)
+    handler(request)
+    assert seen["max_new_tokens"] == 1
+    monkeypatch.setattr(config, "max_position_embeddings", length)
+    with pytest.raises(ValueError, match=f"context length is {length} tokens. .* got {length} tokens"):
+        handler(request)
+    # One image and one token more: the image may come, its question may not.
+    monkeypatch.setattr(config, "max_position_embeddings", handler.processor.image_seq_length + 1)
+    with pytest.raises(ValueError, match="leave room for an answer"):
+        handler(request)
+    data = base64.b64decode(in_base64(scene))
+    monkeypatch.setattr(handler_file, "REQUEST_BYTES", 2 * len(data))
+    monkeypatch.setattr(handler_file, "REQUEST_PIXELS", 2 * scene.width * scene.height)
+    monkeypatch.setattr(handler_file, "PICTURE_PIXELS", scene.width * scene.height)
+    assert len(handler_file._read_images({"images": [data, data]}, 2)) == 2
+    handler_file._check_text("question", "abc", 3)
+    assert handler_file._read_parameters(None) == {"max_new_tokens": 256, "do_sample": False}
+
+
+def test_a_pil_image_is_taken_as_it_is(scene):
+    turned = scene.copy()
+    turned.getexif()[0x0112] = 6
+    (image,) = handler_file._read_images({"image": turned}, 1)
+    assert image.tobytes() == scene.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("https://10.0.0.1/x.png", "This endpoint opens no address"),
+        (" http://10.0.0.1/x.png", "got 'http://10.0.0.1/x.png'. This endpoint opens no address"),
+        ("QUJD!QUJD", "must be base64 or a data URL: got 'QUJD!QUJD'"),
+    ],
+)
+def test_a_text_that_is_no_picture(image, message):
+    with pytest.raises(ValueError, match=message):
+        handler_file._decode_image(image)
+
+
 def test_nothing_of_generate_that_loads_code_can_be_reached():
     assert not {"custom_generate", "trust_remote_code", "assistant_model", "logits_processor"} & set(PARAMETERS)
 

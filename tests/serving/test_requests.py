@@ -129,6 +129,9 @@ def test_what_cannot_be_answered_is_refused(body, message):
     with pytest.raises(RequestError, match=message) as caught:
         read(**body)
     assert caught.value.status == 400
+    # Each error names the field, or a place inside it.
+    (field,) = body
+    assert caught.value.param.partition("[")[0] == field.encode(errors="backslashreplace").decode()
     # No message repeats a whole picture.
     assert len(str(caught.value)) < 400
 
@@ -145,6 +148,16 @@ def test_what_cannot_be_answered_is_refused(body, message):
         ({"top_k": 5}, "top_k"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool"}]}, "messages[0].role"),
+        ({"messages": ["Hi"]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages[0].content"),
+        ({"messages": [{**user(RED)[0], "role": "system"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": user("data:image/png;base64,QUJD")}, "messages"),
         ({"messages": user(RED, RED, RED, RED)}, "messages"),
@@ -224,6 +237,56 @@ def test_what_cannot_fit_is_refused_before_it_costs_time(messages, message):
 def test_an_instruction_has_a_length():
     with pytest.raises(RequestError, match="`instructions` may have at most 32768 characters: got 40000"):
         read(chat_template_kwargs={"instructions": ["x" * 40_000]})
+
+
+def test_every_limit_is_itself_allowed():
+    assert read(temperature=1e-6).temperature == 1e-6
+    assert (read(temperature=2).temperature, read(top_p=1).top_p, read().stream) == (2, 1, False)
+    for seed in (2**63 - 1, -(2**63)):
+        assert read(seed=seed).seed == seed
+    stop = ["x" * 128, "b", "c", "d"]
+    assert read(stop=stop).stop == tuple(stop)
+    assert read(stop=[]).stop == ()
+    longest = "x" * 512 * CHARACTERS_PER_POSITION
+    assert read(chat_template_kwargs={"instructions": longest}).instructions == longest
+    assert (
+        read(messages=[{"role": "user", "content": "Hi"}], chat_template_kwargs={"instructions": []}).instructions == []
+    )
+    assert len(read(messages=[{"role": "user", "content": "x"}] * 512).messages) == 512
+    assert read(messages=user(text=longest)).messages
+
+
+def test_a_broken_picture_is_numbered():
+    with pytest.raises(RequestError, match="^Picture 2 of 2: The picture .* cannot be decoded"):
+        read(messages=user(RED, RED[:-40]))
+    photo = data_url(Image.new("RGB", (40, 30), "red"), "JPEG", exif=_turned())
+    parts = read(messages=user(RED, photo)).messages[0]["content"]
+    assert set(parts[1]) == {"type", "image"}
+    assert parts[1]["image"].size == (30, 40)
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_what_was_sent_is_shown():
+    for body, text in (
+        ({"messages": [{"role": "tool", "content": "x"}]}, "user or assistant: got 'tool'."),
+        ({"messages": [{"role": [], "content": "x"}]}, "user or assistant: got []."),
+        ({"messages": [{"role": "user", "content": 3}]}, "a list of parts: got 3."),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 3}]}]}, "got 3."),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "The text of `messages[0]` must be a string: got 3."),
+        ({"messages": [*user(RED), *user(), {"role": "assistant", "content": "x"}]}, "got one with role 'assistant'."),
+        ({"chat_template_kwargs": {"x": 1}}, "takes `instructions` only: got {'x': 1}."),
+        ({"chat_template_kwargs": {"instructions": "\ud800"}}, "`instructions` must be valid Unicode: got half a character at position 0."),
+        ({"a": 1, "b": 1, "c": 1, "d": 1}, "this server knows: got 'a', 'b', 'c'. Leave it out."),
+        ({"x" * 90: 1}, "…. Leave it out."),
+    ):  # fmt: skip
+        with pytest.raises(RequestError) as caught:
+            read(**body)
+        assert str(caught.value).endswith(text)
 
 
 @pytest.mark.parametrize("form", ["EPS", "PPM", "ICO", "PDF"])

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from emma_hf import EmmaError
-from emma_hf.storage.folders import new_folder, read_json, write_json
+from emma_hf.storage.folders import damaged_files_named, new_folder, read_json, write_json
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -52,7 +53,7 @@ def test_a_link_that_leads_nowhere_is_refused_before_the_work(tmp_path):
 RUN = """
 import sys, time
 from pathlib import Path
-from emma_hf.storage.folders import new_folder
+from emma_hf.storage.folders import damaged_files_named, new_folder
 with new_folder(sys.argv[1]) as folder:
     (folder / "model.safetensors").write_bytes(b"half")
     print(folder, flush=True)
@@ -118,3 +119,18 @@ def test_a_damaged_json_file_is_named(tmp_path, content, message):
 def test_a_missing_json_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"file\.json is missing\. Fetch it with the checkpoint"):
         read_json(tmp_path / "file.json")
+
+
+def test_what_a_library_says_of_damaged_files_names_the_folder():
+    with pytest.raises(EmmaError, match=r"those of models/emma cannot be used \(KeyError: 'vocab'\)\. Save or fetch"), \
+            damaged_files_named("models/emma"):  # fmt: skip
+        raise KeyError("vocab")
+    # What a user can read already, and what has other reasons, passes.
+    for error in (
+        EmmaError("plain"),
+        FileNotFoundError("plain"),
+        ImportError("plain"),
+        torch.OutOfMemoryError("plain"),
+    ):
+        with pytest.raises(type(error), match="^plain$"), damaged_files_named("models/emma"):
+            raise error

@@ -172,6 +172,13 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": {**ENTRY, "dtype": "F4"}}, b"1234", "the tensor 'a' has dtype F4, which is not supported"),
         ({"a": {"dtype": "F32"}}, b"", "is not a safetensors file"),
         ({"a": {**ENTRY, "data_offsets": [0]}}, b"1234", "is not a safetensors file"),
+        (
+            {"a": {**ENTRY, "shape": [-1], "data_offsets": [4, 0]}},
+            b"1234",
+            r"is not a safetensors file \(shape \(-1,\) at 4 to 0",
+        ),
+        ({"a": {**ENTRY, "shape": [float("inf")]}}, b"1234", "is not a safetensors file .*infinity"),
+        ({"a": {**ENTRY, "shape": [2**70]}}, b"1234", "the tensor 'a' has another size than its shape says"),
         ([], b"", "is not a safetensors file"),
     ],
 )

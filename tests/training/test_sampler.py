@@ -21,6 +21,8 @@ def test_batches_have_one_modality_and_every_row_comes_once(pictures, texts):
     assert order == list(ModalityLengthSampler(lengths, 8, seed=3))
     sampler.set_epoch(1)
     assert len(lengths) < 4 or list(sampler) != order
+    # Seed and epoch together decide.
+    assert list(sampler) == list(ModalityLengthSampler(lengths, 8, seed=4))
 
 
 def test_batches_are_shuffled():
@@ -38,3 +40,7 @@ def test_batches_have_similar_lengths():
     order = list(ModalityLengthSampler(lengths, batch_size=16))
     spread = np.ptp(lengths[np.reshape(order, (-1, 16))], axis=1).mean()
     assert spread < 0.1 * np.ptp(lengths)
+
+
+def test_a_row_of_length_0_comes_once():
+    assert sorted(ModalityLengthSampler(np.array([0, 3, 0, -2, 5]), batch_size=2)) == [0, 1, 2, 3, 4]

@@ -14,7 +14,7 @@ from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.modeling_emma import EmmaForConditionalGeneration, default_generation_config
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config
-from ..storage.folders import new_folder, read_json, write_json
+from ..storage.folders import damaged_files_named, new_folder, read_json, write_json
 from ..storage.hub_access import resolve
 from ..storage.tensors import (
     AppendedTensor,
@@ -109,13 +109,14 @@ def convert(
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is None:
-        with new_folder(output) as folder:
+        with new_folder(output) as folder, damaged_files_named(source):
             _write_converted(folder, source, clip, base, dtype, limit, progress)
         return Path(output)
     config = bitsandbytes_config(quantization)
     # Inside the hidden folder, so that a killed run leaves nothing complete behind.
     with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as unquantized:
-        _write_converted(Path(unquantized), source, clip, base, dtype, limit, progress)
+        with damaged_files_named(source):
+            _write_converted(Path(unquantized), source, clip, base, dtype, limit, progress)
         model = EmmaForConditionalGeneration.from_pretrained(unquantized, quantization_config=config, dtype="auto")
         shutil.copytree(unquantized, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         model.save_pretrained(folder, max_shard_size=limit)
@@ -186,7 +187,7 @@ def reverse(
         HubError: the Hub cannot be reached, or refuses.
     """
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, damaged_files_named(source):
         source = resolve(source, CONVERTED_FILES)
         config, tensors = _read_converted(source)
         tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config, is_quantized
-from ..storage.folders import read_json
+from ..storage.folders import damaged_files_named, read_json
 from ..storage.hub_access import resolve
 from ..storage.tensors import read_weight_map
 
@@ -59,7 +59,8 @@ def load_model(
     _check_converted(folder)
     # Before the weights, which take long: a wrong folder is reported at once.
     processor = _load_processor(folder)
-    model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
+    with damaged_files_named(folder):
+        model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
     # Quantized weights are put on their device while they are read.
     return (model if is_quantized(model) else model.to(device)), processor
 

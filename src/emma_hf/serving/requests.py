@@ -70,9 +70,13 @@ class ChatRequest:
             RequestError: a broken image.
         """
         parts = _image_parts(self.messages)
-        for number, part in enumerate(parts, start=1):
-            with image_number_in_errors(number, len(parts)):
-                part["image"] = decode_image(part["image"])
+        try:
+            for number, part in enumerate(parts, start=1):
+                with image_number_in_errors(number, len(parts)):
+                    part["image"] = decode_image(part["image"])
+        except RequestError as error:
+            error.param = "messages"
+            raise
 
 
 def read_request(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..model.errors_emma import EmmaError
 
 try:
@@ -81,6 +83,26 @@ def _try_lock(folder: Path) -> int | None:
             os.close(descriptor)
         return None
     return descriptor
+
+
+@contextmanager
+def damaged_files_named(source: str | Path) -> Iterator[None]:
+    """Say which folder or repository it is whose files cannot be used, whatever a library says of them.
+
+    Raises:
+        EmmaError: in place of any error but those that a user can read already, and a lack of memory or of a package.
+    """
+    try:
+        yield
+    except (EmmaError, ImportError, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    # Damaged or missing configs, tokenizers and vocabularies raise nearly anything, also KeyError.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EmmaError(
+            f"The files of a checkpoint must be complete: those of {source} cannot be used ({type(error).__name__}: "
+            f"{reason}). Save or fetch them again."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

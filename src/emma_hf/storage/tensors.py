@@ -1,6 +1,7 @@
 """Read and write checkpoint files tensor by tensor, so that memory does not grow with the model."""
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,7 @@ class StoredTensor(ABC):
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
     def blocks(self) -> Iterator[bytes]:
@@ -231,7 +232,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         header = file.read(length)
     try:
         entries = {name: _parse_entry(entry) for name, entry in json.loads(header).items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EmmaError(f"{path} is not a safetensors file ({error}). Fetch it again.") from error
     tensors: dict[str, StoredTensor] = {}
     end = 8 + length
@@ -249,8 +250,11 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """Name of the dtype, shape, and begin and end of the bytes."""
-    start, stop = entry["data_offsets"]
-    return str(entry["dtype"]), tuple(map(int, entry["shape"])), int(start), int(stop)
+    start, stop = map(int, entry["data_offsets"])
+    shape = tuple(map(int, entry["shape"]))
+    if min(start, stop, *shape) < 0:
+        raise ValueError(f"shape {shape} at {start} to {stop}")
+    return str(entry["dtype"]), shape, start, stop
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
