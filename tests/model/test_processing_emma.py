@@ -494,11 +494,18 @@ def test_processes_of_datasets_run_the_processor_of_a_folder(processor, tmp_path
     from transformers import AutoProcessor
     processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
     rows = datasets.Dataset.from_dict({"text": ["hi", "there"]})
-    print(rows.map(lambda row: {"ids": processor(text=row["text"])["input_ids"][0]}, num_proc=2)["ids"][:])
+    mapped = rows.map(lambda row: {"ids": processor(text=row["text"])["input_ids"][0]}, num_proc=2)
+    print(json.dumps([mapped["ids"][:], mapped._fingerprint]))
 """
-    run = run_python(code, tmp_path / name, importable=False, HF_HOME=str(tmp_path / "cache"))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout) == [processor(text=text)["input_ids"][0] for text in ("hi", "there")]
+    runs = [
+        run_python(f"import json\n{code}", tmp_path / name, importable=False, HF_HOME=str(tmp_path / "cache"))
+        for _ in range(2)
+    ]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-2000:]
+    ids, fingerprint = json.loads(runs[0].stdout)
+    assert ids == [processor(text=text)["input_ids"][0] for text in ("hi", "there")]
+    # The same in every process, so that `datasets` finds again what it has computed.
+    assert json.loads(runs[1].stdout) == [ids, fingerprint]
 
 
 # What serving engines use
