@@ -79,8 +79,18 @@ def test_a_photo_is_upright():
         ({"messages": [*user(RED), {"role": "assistant", "content": "x"}]}, "The last message must be the user's"),
         (
             {"messages": [*user(RED), {"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "holds `tool_calls`, and this model calls no tools",
+            "holds `tool_calls`: this model calls no tools",
         ),
+        ({"messages": [{**user(RED)[0], "images": ["QUJD"]}]}, "holds `images`: .* its pictures are parts of the content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": RED}}]}]},
+            "of type text must hold nothing else: got `image_url` {'url': ",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": RED}, "text": "x"}]}]},
+            "of type image_url must hold nothing else: got `text` 'x'. Make it a part",
+        ),
+        ({"tool_choice": "required"}, "`tool_choice` must be 'none' or left out: got 'required'"),
         ({"messages": user("/etc/hostname")}, "must be a data URL .*: got '/etc/hostname'"),
         ({"messages": user("file:///etc/hostname")}, "must be a data URL .*: got 'file:///etc/hostname'"),
         ({"messages": user("http://127.0.0.1/x.png")}, "fetches no pictures: got 'http://127.0.0.1/x.png'"),

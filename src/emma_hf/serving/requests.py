@@ -27,7 +27,6 @@ IGNORED_FIELDS = {
     "service_tier",
     "store",
     "stream_options",
-    "tool_choice",
     "user",
 }
 # Fields that ask for what this server does not do, and the values of them that ask for nothing.
@@ -39,6 +38,7 @@ UNSUPPORTED_FIELDS = {
     "frequency_penalty": (0,),
     "logit_bias": ({},),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -46,6 +46,10 @@ UNSUPPORTED_FIELDS = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
 }
+# What a message can hold beside its content, and would be lost. Other servers take pictures here.
+UNSUPPORTED_MESSAGE_FIELDS = ("tool_calls", "function_call", "audio", "image", "images", "video", "videos")
+# What the parts of a content hold.
+PART_CONTENTS = ("text", "image_url", "image", "input_audio", "audio", "video_url", "video")
 # OpenAI's newer models call the system's role developer.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -232,10 +236,12 @@ def _read_message(message: Any, field: str, is_leading: bool) -> tuple[str, list
             f"`{field}` must have the role system (first only), user or assistant: got {shown(named)}.",
             param=f"{field}.role",
         )
-    for name in ("tool_calls", "function_call"):
+    for name in UNSUPPORTED_MESSAGE_FIELDS:
         if message.get(name):
             raise RequestError(
-                f"`{field}` holds `{name}`, and this model calls no tools. Leave them out.", param=f"{field}.{name}"
+                f"`{field}` holds `{name}`: this model calls no tools, and its pictures are parts of the content. "
+                "Leave it out.",
+                param=f"{field}.{name}",
             )
     if content is None and role == "assistant":
         content = ""
@@ -252,6 +258,13 @@ def _read_message(message: Any, field: str, is_leading: bool) -> tuple[str, list
 def _read_part(part: Any, role: str, field: str) -> dict[str, Any]:
     where = f"{field}.content"
     part_type = part.get("type") if isinstance(part, dict) else None
+    for name in PART_CONTENTS if part_type in ("text", "image_url") else ():
+        if name != part_type and part.get(name):
+            raise RequestError(
+                f"A part of `{field}` of type {part_type} must hold nothing else: got `{name}` {shown(part[name])}. "
+                "Make it a part of its own.",
+                param=where,
+            )
     if part_type == "text":
         return {"type": "text", "text": _read_text(part.get("text"), f"The text of `{field}`", where)}
     if part_type != "image_url":
