@@ -19,6 +19,7 @@ from emma_hf.model.instruction_emma import (
     instruction_from_turn,
     instructions_from_messages,
     instructions_from_prompt,
+    normalize_message,
     training_instruction,
     unmark_control_tokens,
 )
@@ -169,6 +170,7 @@ def test_no_more_of_a_huge_text_is_encoded_than_is_kept(tokenizer, monkeypatch):
         ("<image>", ""),
         ("", ""),
         ("  \n\n a ", "a"),
+        ("a\nb\nc", "a"),
     ],
 )
 def test_a_turns_instruction_is_its_first_line_without_placeholders(turn, instruction):
@@ -208,6 +210,7 @@ def test_recorded_prompts(prompts):
         ("USER: <image> ASSISTANT: Secret USER: Who? ASSISTANT:", ["Who?"]),
         ("USER: <image>\nWho?ASSISTANT: Secret", ["Who?"]),
         ("USER: he said USER: <image> who ASSISTANT:", ["who"]),
+        ("A? <image> USER: B ASSISTANT: Secret</s>USER: C ASSISTANT:", ["A?  USER: B"]),
     ],
 )
 def test_prompts(prompt, instructions):
@@ -266,6 +269,50 @@ def test_malformed_messages_are_named():
         instructions_from_messages([{"content": "x"}])
     with pytest.raises(ValueError, match="needs `content`.*got NoneType"):
         instructions_from_messages([{"role": "user"}])
+
+
+def test_a_message_in_parts_is_unambiguous():
+    def texts(role: str, content, token: str = "<image>") -> list[str]:
+        return [part["text"] for part in normalize_message({"role": role, "content": content}, token)["content"]]
+
+    mark = PLACEHOLDER_ESCAPE
+    assert texts("user", "a <image>") == ["a <image>"]
+    assert texts("assistant", "a <image>") == [f"a <{mark}image>"]
+    assert texts("assistant", "a <pic> <image>", "<pic>") == [f"a <{mark}pic> <image>"]
+    assert texts("assistant", None) == texts("tool", None) == []
+    # Also where it is split over parts, and where an image stands between them.
+    parts = [{"type": "text", "text": text} for text in ("x <ima", "ge> <image>", "<", "y")]
+    assert texts("user", parts) == [f"x <{mark}ima", f"ge> <{mark}image>", "<", "y"]
+    assert texts("user", parts, "<pic>") == ["x <ima", "ge> <image>", "<", "y"]
+    for url in ("u", {"url": "u"}):
+        message = normalize_message({"role": "user", "content": [{"type": "image_url", "image_url": url}]})
+        assert message == {"role": "user", "content": [{"type": "image", "url": "u"}]}
+    assert instructions_from_messages([{"role": "user", "content": "<pic> <image>?"}], "<pic>") == ["<image>?"]
+    assert instructions_from_messages([], instruction_turn="last") == []
+
+
+def test_each_shape_that_is_no_message_is_shown():
+    for message, text in (
+        ([1], "A message needs a `role` (system, user or assistant): got [1]."),
+        ({"role": 3}, "assistant): got {'role': 3}."),
+        ({"role": "user", "content": 3}, "A message of role user needs `content`, a string or a list of parts: got int."),
+        ({"role": "user", "content": "\ud800"}, "The user message must be valid Unicode: got half of a surrogate pair at"),
+        (user(3), "The `text` of a text part must be a string: got int."),
+        ({"role": "user", "content": ["x"]}, "must have one of the types text, image, image_url: got 'x'."),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": 3}]}, "The `image_url` of a part must be a string: got int."),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            normalize_message(message)
+        assert text in str(caught.value)
+
+
+def test_training_reads_either_name_of_the_user_and_one_colon(tokenizer):
+    turns = [{"from": "user", "value": "a long first turn of words: short "}, {"from": "gpt", "value": "x"}]
+    assert training_instruction(turns * 2, tokenizer) == "short "
+    assert (
+        training_instruction([{"from": "user", "value": f"<{PLACEHOLDER_ESCAPE}image> a "}, turns[1]], tokenizer)
+        == "<image> a"
+    )
 
 
 def test_typed_placeholders_are_words_and_their_marks_reach_nobody():
