@@ -488,6 +488,24 @@ def test_missing_weights_begin_as_an_untrained_emma(tmp_path):
     assert 0 < adaptation.instruction_projection.weight.std() < 0.1
 
 
+def test_a_state_dict_of_a_checkpoint_on_disk_is_loaded_whole(tmp_path):
+    """As `Trainer` resumes: by names on disk, and without an error where some are missing."""
+    from safetensors.torch import load_file
+
+    saved, model = tiny_model(seed=1), tiny_model()
+    saved.save_pretrained(tmp_path)
+    for part, prefix in ((model, ""), (tiny_model().model, "model.")):
+        state_dict = load_file(tmp_path / "model.safetensors")
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        part.load_state_dict(state_dict)
+        expected = (saved.model if prefix else saved).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in part.state_dict().items())
+    model.load_state_dict(tiny_model(seed=2).state_dict())
+    assert torch.equal(model.lm_head.weight, tiny_model(seed=2).lm_head.weight)
+    with pytest.raises(RuntimeError, match="strange"):
+        model.load_state_dict({**saved.state_dict(), "strange": torch.zeros(1)})
+
+
 def test_a_half_written_checkpoint_is_named(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

@@ -14,7 +14,7 @@ and one row of instruction ids for each image. Letters of the paper, and sizes i
     Z   (images, N, text width 4096)                   W2 GELU(W1 F + b1) + b2, in place of the placeholders
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any
@@ -41,6 +41,7 @@ from .compat_emma import (
     CACHE_NAME,
     HEAD_TP_PLAN,
     keep_nested_names_on_save,
+    nested_tower_name,
     tied_weights_keys,
     tower_key_mapping,
     unwrap_clip_model,
@@ -244,6 +245,16 @@ class EmmaPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.save_pretrained`, in a form that every supported Transformers version loads."""
         keep_nested_names_on_save(self)
         super().save_pretrained(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`nn.Module.load_state_dict`, which here reads both spellings of the towers' weight names.
+
+        `Trainer` resumes by it, and loads the best checkpoint, from the names that `save_pretrained` has written.
+        """
+        names = {nested_tower_name(name): name for name in self.state_dict()}
+        renamed = {names.get(nested_tower_name(name), name): value for name, value in state_dict.items()}
+        # As it came where nothing is renamed: it may carry versions of modules.
+        return super().load_state_dict(state_dict if renamed.keys() == state_dict.keys() else renamed, *args, **kwargs)
 
 
 class EmmaModel(EmmaPreTrainedModel):
