@@ -205,6 +205,7 @@ def test_what_the_developer_and_the_system_say_is_one_system_prompt():
         ).messages
         assert [message["role"] for message in messages] == ["system", "user"]
         assert "".join(part["text"] for part in messages[0]["content"]) == "Be brief.\n\nBe kind."
+        assert {part["type"] for part in messages[0]["content"]} == {"text"}
     assert read(messages=[{"role": "developer", "content": "Be brief."}, question]).messages[0]["role"] == "system"
     with pytest.raises(RequestError, match="`messages\\[1\\]` must have the role system .first only."):
         read(messages=[question, {"role": "developer", "content": "Be brief."}, question])
@@ -242,11 +243,14 @@ def test_what_cannot_fit_is_refused_before_it_costs_time(messages, message):
     with pytest.raises(RequestError, match=f"maximum context length is 512 tokens, .* {message}") as caught:
         read(messages=messages)
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    assert caught.value.param == "messages"
 
 
-def test_an_instruction_has_a_length():
-    with pytest.raises(RequestError, match="`instructions` may have at most 32768 characters: got 40000"):
-        read(chat_template_kwargs={"instructions": ["x" * 40_000]})
+@pytest.mark.parametrize("instructions", ["x" * 40_000, ["x" * 40_000]], ids=["one", "list"])
+def test_an_instruction_has_a_length(instructions):
+    with pytest.raises(RequestError, match="`instructions` may have at most 32768 characters: got 40000") as caught:
+        read(chat_template_kwargs={"instructions": instructions})
+    assert caught.value.param == "chat_template_kwargs"
 
 
 def test_every_limit_is_itself_allowed():
