@@ -48,9 +48,7 @@ _PromptProcessor.__name__ = EmmaProcessor.__name__
 
 def _add_instructions(model: nn.Module, processor: EmmaProcessor) -> None:
     def add(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        pixel_values = kwargs.get("pixel_values")
-        # A batch of text alone, cut from one with images, has `pixel_values` of no rows.
-        if pixel_values is None or not len(pixel_values) or kwargs.get("instruction_input_ids") is not None:
+        if kwargs.get("pixel_values") is None or kwargs.get("instruction_input_ids") is not None:
             return args, kwargs
         ids = instruction_ids_of_prompts(processor, kwargs["input_ids"], kwargs.get("attention_mask"))
         return args, {**kwargs, "instruction_input_ids": ids}
