@@ -57,6 +57,7 @@ VARIABLE = {
     ("model/compat_emma.py", "f'^((?:model\\\\.)?{tower})\\\\.(?!{inner}\\\\.)'"): TOWERS,
     ("model/loading_emma.py", "pattern"): [pattern for _, pattern, *_ in LOADING_ERRORS],
     ("conversion/key_tables.py", "pattern"): TABLES,
+    ("model/chat_template_emma.py", "reads"): [r"(?:\.|[\[(]['\"])images\b", r"\btools\b"],
     ("training/stages.py", "targets"): [LORA_TARGETS],
 }
 
