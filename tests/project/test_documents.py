@@ -25,6 +25,7 @@ ELSEWHERE = {
     "pip install": "an installation",
     "make ": "test_the_make_targets_of_the_readme_exist, and CI",
     "emma-hf tiny train": "tests/tiny/test_training.py",
+    "emma-hf tiny replicate": "tests/tiny/replication/test_running.py",
     "emma-hf analyze": "tests/cli/commands/test_analyze.py",
     "torchrun ": "tests/training/test_many_processes.py",
     "emma-hf serve": "tests/serving/test_server.py",
