@@ -161,6 +161,7 @@ STEPS, KILLS = 160, 10
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["plain", "command"])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(kind, trainable, reference, tmp_path):
     rows = save_rows(tmp_path / "rows.json")
