@@ -121,7 +121,9 @@ def run_client(name: str, address: str, cases: list[dict], folder: Path) -> list
     if name in IN_NODE:
         folder = environment / "node"
         if not (folder / "node_modules").is_dir():
-            pytest.skip("`make test-clients` found no npm, or no registry for it, when it made the clients' environment")
+            pytest.skip(
+                "`make test-clients` found no npm, or no registry for it, when it made the clients' environment"
+            )
         command = ["node", PROGRAMS / "clients.mjs"]
     else:
         command = [environment / "bin" / "python", PROGRAMS / "clients.py"]
