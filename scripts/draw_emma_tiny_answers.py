@@ -7,8 +7,9 @@ import argparse
 import textwrap
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.evaluation.tasks.answers import is_right
 from emma_hf.tiny.drawing import draw
-from emma_hf.tiny.evaluation import answers, fresh_questions, is_right
+from emma_hf.tiny.evaluation import answers, fresh_questions
 from emma_hf.tiny.questions import FAMILIES
 from emma_hf.training.plots import figure_class
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from emma_hf.analysis import Row, TooFewQuestionsError, read_rows
-from emma_hf.analysis.questions import is_right, other_instructions
+from emma_hf.analysis.questions import other_instructions
 
 
 @pytest.fixture
@@ -91,17 +91,3 @@ def test_the_other_question_differs_and_is_of_the_kind_asked_for(same_kind):
 def test_a_row_without_another_question_says_how_many_it_takes(rows, same_kind, message):
     with pytest.raises(TooFewQuestionsError, match=message):
         other_instructions(rows, 0, same_kind)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answer", "right"),
-    [
-        ("Red", "red", True),
-        (" red. ", "Red", True),
-        ("Red", "Red.", True),
-        ("dark red", "red", False),
-        ("", "no", False),
-    ],
-)
-def test_case_and_a_final_period_do_not_matter(prediction, answer, right):
-    assert is_right(prediction, answer) is right

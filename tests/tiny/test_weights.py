@@ -18,10 +18,11 @@ from emma_hf import EMMA_TINY, AutoModelForVision2Seq, EmmaForConditionalGenerat
 from emma_hf.analysis import Row, VisionPath, encode
 from emma_hf.analysis.counterfactuals import MEAN, OWN, REMOVED, compare_instructions
 from emma_hf.cli import main
+from emma_hf.evaluation.tasks.answers import is_right
 from emma_hf.inference import load_model
 from emma_hf.model.instruction_emma import training_instruction
 from emma_hf.tiny.drawing import draw
-from emma_hf.tiny.evaluation import answers, fresh_questions, is_right, table
+from emma_hf.tiny.evaluation import answers, fresh_questions, table
 from emma_hf.tiny.rows import RowKind, TinyEmmaDataset, _conversation
 from emma_hf.tiny.scenes import Scene
 

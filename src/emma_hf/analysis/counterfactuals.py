@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from ..evaluation.statistics import paired_difference, share
-from .questions import Row, TooFewQuestionsError, is_right, other_instructions
+from ..evaluation.tasks.answers import is_right
+from .questions import Row, TooFewQuestionsError, other_instructions
 from .vision_path import Sample, VisionPath
 
 CONSTANT = "Describe the picture."

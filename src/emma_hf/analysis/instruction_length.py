@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ..evaluation.statistics import share
+from ..evaluation.tasks.answers import is_right
 from ..model.instruction_emma import encode_instruction
 from .counterfactuals import answers
-from .questions import is_right
 from .vision_path import Sample, VisionPath
 
 # Words that say nothing about any image.

@@ -118,9 +118,4 @@ def other_instructions(rows: Sequence[Row], seed: int = 0, same_kind: bool | Non
     return chosen
 
 
-def is_right(prediction: str, answer: str) -> bool:
-    """Whether the prediction is the answer, apart from case and a final period."""
-    return prediction.strip().rstrip(".").lower() == answer.strip().rstrip(".").lower()
-
-
-__all__ = ["Row", "TooFewQuestionsError", "is_right", "other_instructions", "read_rows"]
+__all__ = ["Row", "TooFewQuestionsError", "other_instructions", "read_rows"]

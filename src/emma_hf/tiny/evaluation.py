@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..evaluation.runner import model_answerer, run_header, run_task
 from ..evaluation.statistics import share
+from ..evaluation.tasks.answers import is_right
 from ..evaluation.tasks.base import Figure, Sample, ScoredRow, Task
 from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
@@ -177,11 +178,6 @@ def evaluate_tiny(
     if output is not None:
         _write(Path(output), result, sample, predictions, right)
     return result
-
-
-def is_right(prediction: str, answer: str) -> bool:
-    """Whether the prediction is the answer, apart from case and a final period."""
-    return prediction.strip().rstrip(".").lower() == answer.lower()
 
 
 def accuracy(questions: list[tuple[Scene, Question]], right: list[bool]) -> dict[str, dict[str, float]]:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from emma_hf.evaluation.tasks.answers import lettered, option_lines, parse_letter, parse_yes_no, process_answer
+from emma_hf.evaluation.tasks.answers import (
+    is_right,
+    lettered,
+    option_lines,
+    parse_letter,
+    parse_yes_no,
+    process_answer,
+)
 
 OPTIONS = {"A": "a red dog", "B": "Blue.", "C": "none", "D": "none"}
 
@@ -83,3 +90,19 @@ def test_answers_as_vqa_compares_them(answer, processed):
 def test_options_have_letters_and_lines():
     assert lettered(["x", "y"]) == {"A": "x", "B": "y"}
     assert option_lines(lettered(["x", "y"])) == "A. x\nB. y"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "right"),
+    [
+        ("Red", "red", True),
+        (" red. ", "Red", True),
+        ("Red", "Red.", True),
+        ("dark red", "red", False),
+        (" 2", "2", True),
+        ("Redder", "Red", False),
+        ("", "no", False),
+    ],
+)
+def test_case_and_a_final_period_do_not_matter(prediction, answer, right):
+    assert is_right(prediction, answer) is right

@@ -32,7 +32,7 @@ def build(arm: str, tokens: int = 4, depth: int = 6) -> tuple[ReplicationModel, 
 def logits_of(model: ReplicationModel, tiny: EmmaForConditionalGeneration, processor: EmmaProcessor) -> torch.Tensor:
     encoded = [encode(question, processor) for question in QUESTIONS]
     pixels = processor.image_processor([draw(Scene.random(7)), draw(Scene.random(8))], return_tensors="pt")
-    vision = tiny.get_vision_features(pixels["pixel_values"]) if tiny else None
+    vision = tiny.get_vision_features(pixels["pixel_values"])
     ids = torch.tensor([each.instruction for each in encoded])
     input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor)
     features = tiny.model.get_instruction_features(ids)

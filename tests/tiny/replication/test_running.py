@@ -14,11 +14,17 @@ from emma_hf.tiny.replication.questions import (
     TrainingRows,
     collate,
     encode,
+    instruction_ids,
     questions_of_test,
     smallest_question,
-    swapped,
 )
-from emma_hf.tiny.replication.running import ReplicationBudget, planned_rows, read_results, replicate
+from emma_hf.tiny.replication.running import (
+    ReplicationBudget,
+    _test_instructions,
+    planned_rows,
+    read_results,
+    replicate,
+)
 from emma_hf.tiny.scenes import Scene, SeededRandom
 
 TOY = ReplicationBudget(images=16, rows=16, batch_size=4, scenes=4, mean_questions=8)
@@ -87,10 +93,13 @@ def test_arms_are_paired_by_seed_and_the_shuffled_instructions_are_other_rows():
 
 
 def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
     questions = [question for _, question in questions_of_test(8)]
-    for question, text in zip(questions, swapped(questions), strict=True):
-        assert text != question.text
-        assert any(other.text == text and other.family == question.family for other in questions)
+    ids = _test_instructions(questions, Row("C"), processor)["swapped"].tolist()
+    for question, row in zip(questions, ids, strict=True):
+        assert row != instruction_ids(question.text, processor)
+        family = (other.text for other in questions if other.family == question.family)
+        assert any(row == instruction_ids(text, processor) for text in family)
 
 
 def test_the_question_about_the_smallest_thing_means_it_alone():

@@ -34,6 +34,11 @@ def _words_of(text: str) -> str:
     return text.strip().rstrip(".").strip().lower()
 
 
+def is_right(prediction: str, answer: str) -> bool:
+    """Whether the prediction is the answer, apart from case, white space around it and a final period."""
+    return _words_of(prediction) == _words_of(answer)
+
+
 def parse_yes_no(answer: str) -> str | None:
     """`yes` or `no`: the first word, or the only one of the two that occurs ("not" counts as "no")."""
     words = ["no" if word == "not" or word.endswith("n't") else word for word in re.findall(r"[a-z']+", answer.lower())]

@@ -76,16 +76,6 @@ def questions_of_test(scenes: int) -> list[tuple[int, Question]]:
     return questions
 
 
-def swapped(questions: Sequence[Question]) -> list[str]:
-    """For each question the text of the next one of its family that is worded otherwise."""
-    texts: list[str] = []
-    for index, question in enumerate(questions):
-        others = (questions[(index + step) % len(questions)] for step in range(1, len(questions)))
-        same_family = (each.text for each in others if each.family == question.family and each.text != question.text)
-        texts.append(next(same_family, ""))
-    return texts
-
-
 def encode(question: Question, processor: EmmaProcessor) -> Encoded:
     """A question and its answer in tokens."""
     messages = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]

@@ -16,8 +16,11 @@ import torch
 from tqdm import tqdm
 
 from ... import EMMA_TINY, __version__
+from ...analysis import VisionPath
+from ...analysis.gates import TURN
 from ...data.conversations import IGNORE_INDEX
 from ...evaluation.statistics import share
+from ...inference.instruction_rules import swap_instructions
 from ...model.errors_emma import EmmaError
 from ...model.modeling_emma import EmmaForConditionalGeneration
 from ...model.processing_emma import EmmaProcessor
@@ -37,7 +40,6 @@ from .questions import (
     end_tokens,
     instruction_ids,
     questions_of_test,
-    swapped,
     training_question,
 )
 
@@ -162,16 +164,8 @@ def mean_text_term(
         training_question(rng.integer(0, budget.images - 1), budget.images, rng).text
         for _ in range(budget.mean_questions)
     ]
-    adaptation, total = tiny.model.modality_adaptation, torch.zeros(())
-    weight = adaptation.visual_alignment.weight[:, tiny.config.image_seq_length :]
-    with torch.no_grad():
-        for begin in range(0, len(texts), budget.batch_size):
-            batch = texts[begin : begin + budget.batch_size]
-            ids = torch.tensor([instruction_ids(text, processor) for text in batch])
-            features = tiny.model.get_instruction_features(ids)
-            projected = torch.nn.functional.gelu(adaptation.instruction_projection(features))
-            total = total + (weight @ projected).sum(0)
-    return total / len(texts)
+    path = VisionPath(tiny, processor)
+    return path.text_term(path.instruction_tokens(path.instruction_ids(texts)).mean(0))
 
 
 def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcessor, work: Path) -> TrainingRows:
@@ -310,7 +304,9 @@ def _test_instructions(questions: list[Any], row: Row, processor: EmmaProcessor)
         }[ARMS[row.arm].instruction]
     }
     if ARMS[row.arm].text or ARMS[row.arm].film:
-        texts |= {"own": own, "swapped": swapped(questions), "empty": [""] * len(own)}
+        others = swap_instructions({str(index): (each.family, each.text) for index, each in enumerate(questions)})
+        swapped = [others[str(index)] for index in range(len(own))]
+        texts |= {"own": own, "swapped": swapped, "empty": [""] * len(own)}
     return {name: torch.tensor([instruction_ids(text, processor) for text in each]) for name, each in texts.items()}
 
 
@@ -334,7 +330,7 @@ def _moved(
 
     Returns:
         `gate_index`, the share of (token, hidden unit) pairs whose gate, the normal distribution function of what the
-        activation is given, moves by more than 0.5; and `question_share`, the mean of
+        activation is given, moves by more than [`TURN`]; and `question_share`, the mean of
         `|Wt (P - mean P)| / |F|` over questions.
     """
     if "own" not in instructions:
@@ -342,7 +338,7 @@ def _moved(
     vision = vision[:MEASURED_QUESTIONS]
     own, other = (instructions[name][:MEASURED_QUESTIONS] for name in ("own", "swapped"))
     gates = [torch.special.ndtr(model.hidden(vision, *_read(model, tiny, ids, processor))) for ids in (own, other)]
-    moved = {"gate_index": (gates[0] - gates[1]).abs().gt(0.5).float().mean().item(), "question_share": 0.0}
+    moved = {"gate_index": (gates[0] - gates[1]).abs().gt(TURN).float().mean().item(), "question_share": 0.0}
     if model.arm.text:
         features = tiny.model.get_instruction_features(own)
         terms = model.text_term(features)
