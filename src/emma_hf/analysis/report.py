@@ -1,7 +1,7 @@
 """An analysis from its questions to its report: the numbers, one JSON file, the figures and one HTML page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,42 +64,50 @@ def analyze(
     examples = list(examples) or list(rows[:EXAMPLES])
     other_instructions(rows, seed)
     sample = encode(path, rows, progress=progress)
-    result: dict[str, Any] = {
-        "verdict": [],
+    counterfactuals = compare_instructions(path, sample, seed, max_new_tokens, progress)
+    left_out = counterfactuals.pop("left_out")
+    sample_tokens = sample.vision_features, sample.instruction_tokens
+    result = {
         "model": _describe(path),
         "rows": [_row(row) for row in rows],
         "seed": seed,
+        "weights": weights(path),
+        "effective": effective(path, sample),
+        "terms": _terms(path, sample),
+        "gates": gate_index(path, sample, seed),
+        "counterfactuals": counterfactuals,
+        "variance": _if_allowed(left_out, "variance", variance_split, path, *sample_tokens),
+        "mutual_information": _if_allowed(left_out, "mutual_information", redundancy, path, sample, seed, progress),
+        "instruction_length": {
+            "cut": _cut(path, rows),
+            "wordiness": wordiness(path, sample, max_new_tokens=max_new_tokens, progress=progress),
+        },
+        "examples": _examples(path, examples, sample, seed, progress),
+        "left_out": left_out,
     }
-    left_out = {}
-    result["weights"] = weights(path)
-    result["effective"] = effective(path, sample)
-    result["terms"] = _terms(path, sample)
-    result["gates"] = gate_index(path, sample, seed)
-    result["counterfactuals"] = compare_instructions(path, sample, seed, max_new_tokens, progress)
-    left_out.update(result["counterfactuals"].pop("left_out"))
-    result["variance"] = result["mutual_information"] = None
+    plain = _plain(result)
+    return {"verdict": verdict(plain), **plain}
+
+
+def _examples(path: VisionPath, rows: list[Row], sample: Sample, seed: int, progress: bool) -> list[dict[str, Any]]:
+    shown = sample if rows == list(sample.rows) else encode(path, rows)
+    numbers = tqdm(range(len(rows)), desc="examples", disable=not progress)
+    return [_example(path, shown, number, sample, seed) for number in numbers]
+
+
+def _cut(path: VisionPath, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The words that are cut off, of each row that is too long."""
+    cut = [(number, cut_words(path, row.instruction)) for number, row in enumerate(rows, 1)]
+    return [{"row": number, "words": words} for number, words in cut if words]
+
+
+def _if_allowed(left_out: dict[str, str], name: str, part: Callable[..., Any], *arguments: Any) -> Any:
+    """A part of the analysis; where these questions do not allow it None, and in `left_out` the reason."""
     try:
-        result["variance"] = variance_split(path, sample.vision_features, sample.instruction_tokens)
+        return part(*arguments)
     except TooFewQuestionsError as error:
-        left_out["variance"] = str(error)
-    try:
-        result["mutual_information"] = redundancy(path, sample, seed, progress)
-    except TooFewQuestionsError as error:
-        left_out["mutual_information"] = str(error)
-    result["instruction_length"] = {
-        "cut": [{"row": number, "words": words} for number, row in enumerate(rows, 1)
-                if (words := cut_words(path, row.instruction))],
-        "wordiness": wordiness(path, sample, max_new_tokens=max_new_tokens, progress=progress),
-    }  # fmt: skip
-    shown = sample if examples == list(rows) else encode(path, examples)
-    result["examples"] = [
-        _example(path, shown, index, sample, seed)
-        for index in tqdm(range(len(examples)), desc="examples", disable=not progress)
-    ]
-    result["left_out"] = left_out
-    result = _plain(result)
-    result["verdict"] = verdict(result)
-    return result
+        left_out[name] = str(error)
+        return None
 
 
 def _describe(path: VisionPath) -> dict[str, Any]:
