@@ -185,7 +185,9 @@ def test_ctrl_c_ends_quietly(photo, seconds):
     time.sleep(seconds)
     running.send_signal(signal.SIGINT)
     err = running.communicate(timeout=60)[1]
-    assert running.returncode == 130
+    # Where the signal meets code that `exec` runs, as in `dataclass`, `python -m` ends itself by the signal although
+    # the exception was handled. A shell says 130 for either.
+    assert running.returncode in (130, -signal.SIGINT)
     assert b"Traceback" not in err
     assert b"Interrupt" not in err
 
