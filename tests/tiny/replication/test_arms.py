@@ -28,8 +28,9 @@ def build(arm: str, tokens: int = 4, depth: int = 6) -> tuple[ReplicationModel, 
     return ReplicationModel(tiny, Row(arm, tokens, depth), mean_text), tiny
 
 
-@torch.no_grad()
-def logits_of(model: ReplicationModel, tiny: EmmaForConditionalGeneration, processor: EmmaProcessor) -> torch.Tensor:
+def logits_of(
+    model: ReplicationModel, tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, shared: int = 1
+) -> torch.Tensor:
     encoded = [encode(question, processor) for question in QUESTIONS]
     pixels = processor.image_processor([draw(Scene.random(7)), draw(Scene.random(8))], return_tensors="pt")
     vision = tiny.get_vision_features(pixels["pixel_values"])
@@ -37,7 +38,7 @@ def logits_of(model: ReplicationModel, tiny: EmmaForConditionalGeneration, proce
     input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor)
     features = tiny.model.get_instruction_features(ids)
     images = model.image_features(vision, features, end_tokens(ids, processor))
-    return model(input_ids, attention_mask, images, is_image)
+    return model(input_ids, attention_mask, images, is_image, shared)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])
@@ -69,7 +70,22 @@ def test_the_start_is_emma_tiny_with_its_text_term_folded_into_an_offset(process
         outputs = tiny(input_ids=input_ids, attention_mask=attention_mask, image_features=expected)
     model = ReplicationModel(tiny, Row("A", 64), mean_text)
     logits = logits_of(model, tiny, processor)
-    assert torch.allclose(logits, outputs.logits, atol=1e-4)
+    assert torch.allclose(logits, outputs.logits[:, 1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["C", "F"])
+def test_what_all_rows_begin_with_may_be_computed_once(arm, processor):
+    before = len(encode(QUESTIONS[0], processor).before)
+    results = []
+    for shared in (1, before):
+        model, tiny = build(arm)
+        logits = logits_of(model, tiny, processor, shared)[:, before - shared :]
+        logits.square().mean().backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+        results.append({"logits": logits, **gradients})
+    for name, whole in results[0].items():
+        assert whole.abs().sum() > 0 or "instruction_projection" in name, name
+        assert torch.allclose(results[1][name], whole, rtol=1e-4, atol=1e-5), name
 
 
 TRAINED = {

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
+from ...model.compat_emma import CACHE_NAME
 from ...model.errors_emma import EmmaError
 from ...model.modeling_emma import EmmaForConditionalGeneration
 
@@ -196,19 +198,32 @@ class ReplicationModel(nn.Module):
         return grid.mean(dim=(2, 4)).flatten(1, 2)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: torch.Tensor, is_image: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        images: torch.Tensor,
+        is_image: torch.Tensor,
+        shared: int,
     ) -> torch.Tensor:
-        """Logits (rows, tokens, vocabulary).
+        """Logits of the tokens behind those that all rows begin with, (rows, tokens - shared, vocabulary).
+
+        What all rows begin with is computed once: two thirds of a prompt with 4 visual tokens.
 
         Args:
             input_ids: (rows, tokens).
             attention_mask: (rows, tokens).
             images: the result of [`image_features`], (rows, K, text width).
             is_image: (rows, tokens), true at K placeholders of each row.
+            shared: how many tokens all rows begin with, at least 1, all of them before the picture.
         """
-        embeddings = self.language_model.get_input_embeddings()(input_ids)
-        embeddings = embeddings.masked_scatter(is_image[..., None], images)
-        outputs = self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        embed = self.language_model.get_input_embeddings()
+        cache = DynamicCache()
+        self.language_model(inputs_embeds=embed(input_ids[:1, :shared]), **{CACHE_NAME: cache}, use_cache=True)
+        cache.batch_repeat_interleave(len(input_ids))
+        embeddings = embed(input_ids[:, shared:]).masked_scatter(is_image[:, shared:, None], images)
+        outputs = self.language_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, **{CACHE_NAME: cache}, use_cache=True
+        )
         return self.lm_head(outputs.last_hidden_state)
 
 

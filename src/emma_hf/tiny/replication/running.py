@@ -231,11 +231,12 @@ def _logits(
     instructions: torch.Tensor,
     processor: EmmaProcessor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of the next token."""
+    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of what follows the tokens that all rows begin with."""
     input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, processor)
     features = model.image_features(vision, *_read(model, tiny, instructions, processor))
-    logits = model(input_ids, attention_mask, features, is_image)
-    return logits[:, :-1].transpose(1, 2), labels[:, 1:]
+    shared = len(encoded[0].before)
+    logits = model(input_ids, attention_mask, features, is_image, shared)
+    return logits[:, :-1].transpose(1, 2), labels[:, shared + 1 :]
 
 
 def _read(
