@@ -231,7 +231,7 @@ def _logits(
     instructions: torch.Tensor,
     processor: EmmaProcessor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of what follows the tokens that all rows begin with."""
+    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of what follows the beginning that all rows share."""
     input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, processor)
     features = model.image_features(vision, *_read(model, tiny, instructions, processor))
     shared = len(encoded[0].before)
