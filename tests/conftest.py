@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the recorded outputs of the authors' implementation, and models made from them."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -60,6 +61,22 @@ def model(converted):
 @pytest.fixture(scope="session")
 def processor(converted):
     return emma_hf.EmmaProcessor.from_pretrained(converted)
+
+
+@pytest.fixture(scope="session")
+def renamed(processor):
+    """A processor whose placeholder is `<pic>` and whose end of a sequence is `<end>`."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<pic>"], special_tokens=True)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    return emma_hf.EmmaProcessor(
+        processor.image_processor,
+        tokenizer,
+        processor.instruction_tokenizer,
+        chat_template=processor.chat_template.replace("<image>", "<pic>"),
+        image_token="<pic>",
+        image_seq_length=processor.image_seq_length,
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from support.recorded import IMAGE_TOKENS
 
 from emma_hf.data import encode_conversation
-from emma_hf.data.conversations import IGNORE_INDEX
+from emma_hf.data.conversations import IGNORE_INDEX, to_llava_format
+from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE
 
 # Letters that a tokenizer, a template or a parser of prompts may treat in a way of their own.
 PIECES = st.sampled_from(["a", "B:", " ", "\n", "é", "猫", "USER:", "ASSISTANT:", "</s>", "<image>", "{{", "\t", "?"])
@@ -104,3 +105,79 @@ def test_a_key_with_an_effect_is_not_ignored(processor, key, value):
         encode_conversation(processor, conversation)
     conversation[1][key] = None
     assert encode_conversation(processor, conversation)
+
+
+def text(value) -> dict:
+    return {"type": "text", "text": value}
+
+
+@pytest.mark.parametrize(
+    ("message", "words", "images"),
+    [
+        ({"role": "user", "content": "<pic>\nWho <pic> <image>?"}, "<pic>\nWho <pic> <image>?", [None, None]),
+        ({"role": "assistant", "content": "a <pic>"}, "a <pic>", []),
+        ({"content": "a <pic>"}, "a <pic>", []),
+        (
+            {
+                "role": "user",
+                "content": [
+                    text("a <pic> "),
+                    *({"type": "image", "image": None, key: key} for key in ("url", "path", "base64", "image")),
+                    text("<image> b"),
+                    {"type": "image"},
+                    {"type": "image", "image": 0, "url": "u"},
+                ],
+            },
+            "<pic>\n" * 6 + f"a <{PLACEHOLDER_ESCAPE}pic> <image> b",
+            ["url", "path", "base64", "image", None, 0],
+        ),
+    ],
+)
+def test_a_chat_message_in_llava_s_format(message, words, images):
+    assert to_llava_format(message, "<pic>") == (words, images)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ([3], "A message must be an object with `role` and `content`: got [3]."),
+        ({"role": "user"}, "A message needs `content`, a text or a list of parts: got {'role': 'user'}."),
+        ({"role": "user", "content": "a", "weight": 0}, "A message cannot be trained on with `weight`: got '0'. Remove the key."),
+        ({"content": ["a"]}, "A part of a message needs `type` and, of type 'text', a text: got a."),
+        ({"content": [text(3)]}, "A part of a message needs `type` and, of type 'text', a text: got {'type': 'text', 'text': 3}."),
+        ({"content": [{"type": "video"}]}, "A part of a message must be of type 'text' or 'image': got 'video'."),
+        (
+            {"content": [{**text("a"), "image": "b.png"}]},
+            "A part of a message of type 'text' holds text: got `image` too, 'b.png'. Make it a part of its own.",
+        ),
+        (
+            {"content": [{"type": "image", "text": "a"}]},
+            "A part of a message of type 'image' holds image or url or path or base64: got `text` too, 'a'. Make it a part of its own.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_chat_message_that_has_none_is_named(message, error):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        to_llava_format(message, "<pic>")
+    assert str(caught.value) == error
+
+
+def test_another_placeholder_and_another_end(renamed):
+    texts = {"system": "Be <pic> <image>.", "human": "Who <image>\n<pic>?", "gpt": "a <pic> <image>"}
+    ids, labels = encode_conversation(renamed, [{"from": role, "value": value} for role, value in texts.items()])
+    assert ids.count(renamed.image_token_id) == IMAGE_TOKENS
+    assert renamed.tokenizer.decode([token for token in labels if token != IGNORE_INDEX]) == "a <pic> <image><end>"
+
+
+def test_a_caption_may_spell_out_the_placeholder_and_a_row_without_picture_is_counted(processor):
+    caption = [{"from": "human", "value": "<image>\n<image>"}, {"from": "gpt", "value": "a <image> hat"}]
+    ids, labels = encode_conversation(processor, caption, "plain")
+    assert ids.count(processor.image_token_id) == 2 * IMAGE_TOKENS
+    assert processor.tokenizer.decode([token for token in labels if token != IGNORE_INDEX]) == "a <image> hat\n"
+    for row, turns, found in ((caption * 2, 4, 2), ([{"from": "human", "value": "Hi"}, caption[1]], 2, 0)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            encode_conversation(processor, row, "plain")
+        assert str(caught.value) == (
+            "A row of the `plain` template is a picture and its caption: "
+            f"got {turns} turns and {found} placeholders in the first."
+        )

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import warnings
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -74,11 +75,12 @@ def test_recorded_ids_of_ascii_without_ftfy(tokenizer, reference, monkeypatch):
         assert encode_instruction(tokenizer, row["text"]) == row["ids"], row["text"]
 
 
-def test_other_text_without_ftfy_warns_once(tokenizer, monkeypatch):
+@pytest.mark.parametrize("text", ["Ünïcödé", "it’s", "&copy;"])
+def test_other_text_without_ftfy_warns_once(tokenizer, monkeypatch, text):
     monkeypatch.setattr(instruction_emma, "ftfy", None)
     instruction_emma._warn_without_ftfy.cache_clear()
     with pytest.warns(UserWarning, match=r'not plain ASCII.*pip install "emma-hf\[ftfy\]"'):
-        encode_instruction(tokenizer, "Ünïcödé")
+        encode_instruction(tokenizer, text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encode_instruction(tokenizer, "façade")
@@ -128,6 +130,27 @@ def test_random_ascii_gives_the_ids_of_open_clip_without_ftfy(tokenizer, open_cl
     check()
 
 
+@pytest.mark.parametrize("fixes", ["ftfy", "ours"])
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("&#8217;", "'"),
+        ("&#38;#38;#38;#38;lt;", "<"),
+        ("<&#38;#38;#38;#38;lt;", "<&#38;#38;lt;"),
+        ("&amp&#59;", "&;"),
+        ("&QUEST; &Quest; &NOSUCH;", "? &quest; &nosuch;"),
+        ("&COPYSR; &IMATH;", "©sr; i"),
+        ("a\r\nb\rc", "a b c"),
+    ],
+)
+def test_entities_with_and_without_ftfy(monkeypatch, fixes, text, cleaned):
+    if fixes == "ours":
+        monkeypatch.setattr(instruction_emma, "ftfy", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert clean_instruction(text) == cleaned
+
+
 @pytest.mark.parametrize("length", [2, 3, 10, 77])
 def test_a_long_text_ends_with_the_end_token(tokenizer, length):
     ids = encode_instruction(tokenizer, "word " * 10_000, length)
@@ -143,8 +166,9 @@ def test_padding_is_zero_and_not_the_exclamation_mark_in_a_text(tokenizer):
 
 
 def test_wrong_text_and_length_are_named(tokenizer):
-    with pytest.raises(ValueError, match="must be a string: got int"):
-        encode_instruction(tokenizer, 3)
+    for function in (clean_instruction, partial(encode_instruction, tokenizer)):
+        with pytest.raises(ValueError, match="^An instruction must be a string: got int"):
+            function(3)
     with pytest.raises(ValueError, match="a length of at least 2: got 1"):
         encode_instruction(tokenizer, "a", 1)
 
@@ -154,7 +178,7 @@ def test_no_more_of_a_huge_text_is_encoded_than_is_kept(tokenizer, monkeypatch):
     original = instruction_emma._byte_pair_ids
     monkeypatch.setattr(instruction_emma, "_byte_pair_ids", lambda *args: words.append(args) or original(*args))
     encode_instruction(tokenizer, "word " * 10_000)
-    assert len(words) <= 77
+    assert len(words) == 76
 
 
 # Which text
@@ -210,6 +234,7 @@ def test_recorded_prompts(prompts):
         ("USER: <image> ASSISTANT: Secret USER: Who? ASSISTANT:", ["Who?"]),
         ("USER: <image>\nWho?ASSISTANT: Secret", ["Who?"]),
         ("USER: he said USER: <image> who ASSISTANT:", ["who"]),
+        ("".join(f"USER: <image>\n{turn}? ASSISTANT: x</s>" for turn in "ABCDE"), ["A?", "B?", "C?", "D?", "E?"]),
         ("A? <image> USER: B ASSISTANT: Secret</s>USER: C ASSISTANT:", ["A?  USER: B"]),
     ],
 )
@@ -226,6 +251,9 @@ def test_the_latest_turn_can_be_the_instruction():
     assert instructions_from_prompt(prompt.replace("</s>", "<|end|>"), "<image>", "last", "<|end|>") == [
         "USER: is typed"
     ]
+    prompt = "".join(f"USER: <image>\n{turn}? ASSISTANT: x</s>" for turn in "ABC")
+    assert instructions_from_prompt(prompt, instruction_turn="last") == ["C?"] * 3
+    assert instructions_from_messages([user(None, "Who?")], instruction_turn="last") == ["Who?"]
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Who?"}]},
         {"role": "assistant", "content": "Secret."},
@@ -272,8 +300,8 @@ def test_malformed_messages_are_named():
 
 
 def test_a_message_in_parts_is_unambiguous():
-    def texts(role: str, content, token: str = "<image>") -> list[str]:
-        return [part["text"] for part in normalize_message({"role": role, "content": content}, token)["content"]]
+    def texts(role: str, content, *token: str) -> list[str]:
+        return [part["text"] for part in normalize_message({"role": role, "content": content}, *token)["content"]]
 
     mark = PLACEHOLDER_ESCAPE
     assert texts("user", "a <image>") == ["a <image>"]
@@ -288,6 +316,7 @@ def test_a_message_in_parts_is_unambiguous():
         message = normalize_message({"role": "user", "content": [{"type": "image_url", "image_url": url}]})
         assert message == {"role": "user", "content": [{"type": "image", "url": "u"}]}
     assert instructions_from_messages([{"role": "user", "content": "<pic> <image>?"}], "<pic>") == ["<image>?"]
+    assert instructions_from_messages([user(None, "a <pic> b")], "<pic>") == ["a <pic> b"]
     assert instructions_from_messages([], instruction_turn="last") == []
 
 
@@ -313,6 +342,15 @@ def test_training_reads_either_name_of_the_user_and_one_colon(tokenizer):
         training_instruction([{"from": "user", "value": f"<{PLACEHOLDER_ESCAPE}image> a "}, turns[1]], tokenizer)
         == "<image> a"
     )
+
+
+def test_the_length_decides_which_training_turn_is_the_shortest(tokenizer):
+    def chosen(words: tuple[int, int], **length) -> int:
+        turns = [{"from": role, "value": "word " * count} for count in words for role in ("human", "gpt")]
+        return len(training_instruction(turns, tokenizer, **length).split())
+
+    assert (chosen((76, 75)), chosen((75, 74))) == (76, 74)
+    assert (chosen((9, 5)), chosen((9, 5), length=7), chosen((9, 5), length=8)) == (5, 9, 5)
 
 
 def test_typed_placeholders_are_words_and_their_marks_reach_nobody():

@@ -16,6 +16,7 @@ from transformers import pipeline, tokenization_utils_base
 from transformers.processing_utils import Unpack
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
+from emma_hf.model import processing_emma
 from emma_hf.model.compat_emma import TRANSFORMERS_5
 from emma_hf.model.instruction_emma import PLACEHOLDER_ESCAPE, encode_instruction
 from emma_hf.model.processing_emma import EmmaProcessorKwargs
@@ -134,12 +135,26 @@ def test_offsets_point_into_the_prompt(processor):
     assert ends[1:] == sorted(ends[1:])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_offsets_are_padded_as_the_ids_are(processor, side):
+    texts = ["Who is it?", "Hi"]
+    batch = processor(text=texts, padding=True, padding_side=side, return_offsets_mapping=True)
+    for text, mask, offsets in zip(texts, batch["attention_mask"], batch["offset_mapping"]):
+        alone = processor(text=text, return_offsets_mapping=True)["offset_mapping"][0]
+        padding = [(0, 0)] * (len(mask) - len(alone))
+        assert offsets == (padding + alone if side == "left" else alone + padding)
+        assert mask == [int(i < len(alone)) for i in range(len(mask))][:: -1 if side == "left" else 1]
+
+
 @pytest.mark.parametrize("tensors", [None, "pt", "np"])
 def test_return_types(processor, tensors):
     inputs = processor(images=picture(), text="<image>\nWho?", return_tensors=tensors)
     kind = {None: list, "pt": torch.Tensor, "np": np.ndarray}[tensors]
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "instruction_input_ids"}
     assert all(isinstance(value, kind) for value in inputs.values())
+    if tensors:
+        dtypes = [str(inputs[name].dtype).removeprefix("torch.") for name in ("pixel_values", "instruction_input_ids")]
+        assert dtypes == ["float32", "int64"]
 
 
 def test_pictures_alone_and_words_alone(processor):
@@ -192,15 +207,28 @@ def test_unusual_text_is_legal(processor, model):
         assert model(**inputs).logits.isfinite().all()
 
 
-def test_truncation_cuts_words_and_never_a_picture(processor):
-    text = "USER: <image>\nWho is it? ASSISTANT: An officer in a uniform."
-    whole = processor(images=picture(), text=text)["input_ids"][0]
-    cut = processor(images=picture(), text=text, truncation=True, max_length=len(whole) - 4)["input_ids"][0]
-    assert cut == whole[:-4]
-    with pytest.raises(
-        ValueError, match=r"must not cut an image: prompt 0 has \d+ tokens and would lose \d+ of its 16"
-    ):
-        processor(images=picture(), text=text, truncation=True, max_length=12)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_cuts_words_and_never_a_picture(processor, monkeypatch, side):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    given = {"images": picture(), "text": "Who is it? Look: <image>\nAn officer.", "return_offsets_mapping": True}
+    whole = processor(**given)
+    length = len(whole["input_ids"][0])
+    for lost in (-3, 0, 1, 4):
+        cut = processor(**given, truncation=True, max_length=length - lost)
+        kept = slice(max(lost, 0), None) if side == "left" else slice(length - lost)
+        for name in ("input_ids", "attention_mask", "offset_mapping"):
+            assert cut[name][0] == whole[name][0][kept], (name, lost)
+    assert processor(**given, truncation="do_not_truncate", max_length=12)["input_ids"] == whole["input_ids"]
+    lost = whole["input_ids"][0][slice(length - 12) if side == "left" else slice(12, None)].count(700)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        processor(**given, truncation=True, max_length=12)
+    assert str(caught.value) == (
+        f"Truncation must not cut an image: prompt 0 has {length} tokens and would lose {lost} of its 16 image tokens "
+        "at max_length=12. Raise `max_length` or shorten the prompt."
+    )
+    # Without a length of its own, the model's.
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 5)
+    assert processor(text="Who is it, and why?", truncation=True)["attention_mask"] == [[1] * 5]
 
 
 # Chats
@@ -278,6 +306,30 @@ def test_the_latest_turn_can_be_the_instruction(processor):
     assert inputs["instruction_input_ids"] == [asked(processor, "And the hat?")]
     prompt = latest.apply_chat_template(chat, add_generation_prompt=True)
     assert latest(images=picture(), text=prompt)["instruction_input_ids"] == [asked(processor, "And the hat?")]
+
+
+def test_words_that_pass_for_a_role_are_the_instruction_of_a_chat(processor):
+    inputs = processor.apply_chat_template([user(picture(), "What does USER: mean?")], tokenize=True, return_dict=True)
+    assert inputs["instruction_input_ids"] == [asked(processor, "What does USER: mean?")]
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 takes the images of the messages alone")
+def test_a_template_can_place_images_itself(processor):
+    template = "<image>\nWho is it? {{ messages[0]['role'] }}"
+    images = {"images": [picture()]}
+    inputs = processor.apply_chat_template(
+        [user("Hi")], template, tokenize=True, return_dict=True, processor_kwargs=images
+    )
+    assert inputs["instruction_input_ids"] == [asked(processor, "Who is it? user")]
+
+
+def test_another_placeholder_and_another_end(renamed):
+    words = "What is a <pic> <image>?"
+    inputs = renamed.apply_chat_template([user(picture(), words)], tokenize=True, return_dict=True)
+    assert inputs["input_ids"][0].count(renamed.image_token_id) == IMAGE_TOKENS
+    assert inputs["instruction_input_ids"] == [asked(renamed, words)]
+    inputs = renamed(images=picture(), text="USER: <pic> ASSISTANT: x USER: Secret<end>USER: Who? ASSISTANT:")
+    assert inputs["instruction_input_ids"] == [asked(renamed, "Who?")]
 
 
 def test_a_typed_placeholder_in_a_text_part_is_words(processor):
@@ -514,7 +566,7 @@ def test_processes_of_datasets_run_the_processor_of_a_folder(processor, tmp_path
 def test_the_interface_of_serving_engines(processor):
     assert processor.replace_image_token({}, 0) == "<image>" * 16
     planned = processor._get_num_multimodal_tokens(image_sizes=[(20, 30), (1, 1)])
-    assert planned.num_image_tokens == [16, 16]
+    assert (planned.num_image_tokens, planned.num_image_patches) == ([16, 16], [1, 1])
     inputs = processor(images=picture(), text="<image>")
     assert processor.model_input_names == ["input_ids", "attention_mask", "pixel_values", "instruction_input_ids"]
     assert set(processor.model_input_names) == set(inputs)
@@ -542,9 +594,36 @@ def test_a_save_keeps_everything(processor, tmp_path):
         assert torch.equal(value, again(images=picture(), text=text, return_tensors="pt")[name])
     overridden = EmmaProcessor.from_pretrained(tmp_path, instruction_turn="image")
     assert overridden.instruction_turn == "image"
+    # Where `AutoTokenizer` looks for the kind of the second tokenizer.
+    assert json.loads((tmp_path / "instruction_tokenizer" / "config.json").read_text()) == {
+        "model_type": "clip_text_model"
+    }
     config = json.loads((tmp_path / "processor_config.json").read_text())
     assert config["auto_map"] == {"AutoProcessor": "processing_emma.EmmaProcessor"}
     assert str(tmp_path) not in json.dumps(config)
+
+
+def test_a_save_can_be_pushed(processor, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        EmmaProcessor, "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs)) or "url"
+    )
+    assert processor.save_pretrained(tmp_path / "name", push_to_hub=True, private=True) == "url"
+    processor.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other")
+    assert pushed == [(("name",), {"private": True}), (("me/other",), {})]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("subfolder", "first", "second"),
+    [(None, "", "instruction_tokenizer"), ("sub", "sub", "sub/instruction_tokenizer")],
+)
+def test_the_parts_are_loaded_from_where_the_processor_is(monkeypatch, subfolder, first, second):
+    asked_for = []
+    for loader in (EmmaImageProcessor, processing_emma.AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", lambda path, **kwargs: asked_for.append((path, kwargs)))
+    EmmaProcessor._get_arguments_from_pretrained("me/it", subfolder=subfolder, revision="r")
+    assert asked_for == [("me/it", {"subfolder": folder, "revision": "r"}) for folder in (first, first, second)]
 
 
 def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
@@ -608,8 +687,12 @@ def test_parts_in_the_wrong_place_are_named(processor):
     parts = processor.image_processor, processor.tokenizer, processor.instruction_tokenizer
     with pytest.raises(ValueError, match=r"`instruction_tokenizer` must be CLIP's"):
         EmmaProcessor(parts[0], parts[1], parts[1], image_seq_length=16)
-    with pytest.raises(ValueError, match=r"`tokenizer` must know the placeholder '<image>' as one token"):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
         EmmaProcessor(parts[0], parts[2], parts[2], image_seq_length=16)
+    assert str(caught.value) == (
+        f"`tokenizer` must know the placeholder '<image>' as one token: got {type(parts[2]).__name__} without it. Add it "
+        "with `tokenizer.add_tokens(['<image>'], special_tokens=True)` and a row in the model."
+    )
     nameless = copy.deepcopy(parts[2])
     nameless.bos_token = None
     with pytest.raises(

@@ -46,7 +46,7 @@ def encode_conversation(
             labeled.append((position, position + len(piece)))
         position += len(piece)
     labels = [
-        token if end > start and any(start < stop and end > begin for begin, stop in labeled) else IGNORE_INDEX
+        token if any(start < stop and end > begin for begin, stop in labeled) else IGNORE_INDEX
         for token, (start, end) in zip(input_ids, spans)
     ]
     limit = processor.tokenizer.model_max_length

@@ -228,7 +228,9 @@ def instructions_from_prompt(
 
 
 def _outside_answers(prompt: str, end_token: str | None) -> list[tuple[int, int]]:
-    """Start and end of what is not the assistant's, in order; at least one, perhaps empty."""
+    """Start and end of what is not the assistant's, in order; at least one, perhaps empty. One that follows an answer
+    begins with what ended it.
+    """
     end = re.compile(re.escape(end_token)) if end_token and end_token in prompt else _USER
     regions, start = [], 0
     while (answer := _ASSISTANT.search(prompt, start)) is not None:
@@ -236,7 +238,7 @@ def _outside_answers(prompt: str, end_token: str | None) -> list[tuple[int, int]
         close = end.search(prompt, answer.end())
         if close is None:
             return regions
-        start = close.start() if end is _USER else close.end()
+        start = close.start()
     return [*regions, (start, len(prompt))]
 
 
@@ -412,7 +414,7 @@ def _escaped(token: str) -> str:
 
 def _first_line(text: str) -> str:
     text = unmark_control_tokens(text).replace(PLACEHOLDER_ESCAPE, "")
-    return text.strip().split("\n", 1)[0].strip()
+    return text.strip().partition("\n")[0].strip()
 
 
 def _is_last(instruction_turn: str) -> bool:
@@ -423,7 +425,7 @@ def _is_last(instruction_turn: str) -> bool:
 
 def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     # The merges alone: the tokenizer's own pipeline would normalize the text once more, which open_clip does not.
-    letters = "".join(_BYTE_LETTERS[byte] for byte in word.encode("utf-8", errors="replace"))
+    letters = "".join(_BYTE_LETTERS[byte] for byte in word.encode())
     if tokenizer.is_fast:
         return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]
     return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split(" "))
@@ -448,7 +450,8 @@ def _fix_without_ftfy(text: str) -> str:
             previous = line
             if unescape:
                 line = _ENTITY.sub(_unescape_entity, line)
-            line = line.translate(_STRAIGHT_QUOTES).replace("\r\n", "\n").replace("\r", "\n")
+            # Line breaks stay as they are: whoever calls this makes one space of any.
+            line = line.translate(_STRAIGHT_QUOTES)
             line = _TERMINAL_ESCAPE.sub("", line).translate(_CONTROL_CHARACTERS)
             line = unicodedata.normalize("NFC", line)
         lines.append(line)

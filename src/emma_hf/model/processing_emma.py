@@ -113,7 +113,7 @@ class EmmaProcessor(ProcessorMixin):
         self.image_token_id = image_id
         # A text that Llama's tokenizer reads on its own begins with one more space than is written. Some versions
         # leave that space out where the text begins with one of its own: those get it from us.
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a")]
+        ids = [self.tokenizer(text)["input_ids"] for text in ("a", " a")]
         self._drops_leading_space = ids[0] == ids[1]
 
     def __call__(
@@ -161,7 +161,7 @@ class EmmaProcessor(ProcessorMixin):
             counts = [prompt.count(self.image_token) for prompt in prompts]
             images = self._check_image_counts(images, counts)
             replacements = text_kwargs.pop("return_text_replacement_offsets", False)
-            data.update(self._tokenize(prompts, expand_spans=replacements, **text_kwargs))
+            data.update(self._tokenize(prompts, replacements, **text_kwargs))
         elif images is not None:
             images = [image for row in rows_of_images(images) for image in row]
             counts = [len(images)]
@@ -332,6 +332,7 @@ class EmmaProcessor(ProcessorMixin):
     def _tokenize(
         self,
         prompts: list[str],
+        expand_spans: bool,
         add_special_tokens: bool = True,
         padding: Any = False,
         truncation: Any = None,
@@ -342,7 +343,6 @@ class EmmaProcessor(ProcessorMixin):
         return_offsets_mapping: bool = False,
         return_mm_token_type_ids: bool = False,
         verbose: bool = True,
-        expand_spans: bool = False,
         **ignored: Any,
     ) -> dict[str, Any]:
         encoded = [self.encode_prompt(prompt, add_special_tokens) for prompt in prompts]
@@ -450,23 +450,22 @@ class EmmaProcessor(ProcessorMixin):
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and after a text."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
 
     def _truncate(self, ids: list[int], offsets: list, limit: int, row: int) -> tuple[list[int], list]:
-        excess = len(ids) - limit
-        if excess <= 0:
-            return ids, offsets
-        left = self.tokenizer.truncation_side == "left"
-        cut = ids[:excess] if left else ids[limit:]
+        excess = max(len(ids) - limit, 0)
+        if self.tokenizer.truncation_side == "left":
+            cut, kept = ids[:excess], slice(excess, None)
+        else:
+            cut, kept = ids[limit:], slice(limit)
         if self.image_token_id in cut:
             raise EmmaError(
                 f"Truncation must not cut an image: prompt {row} has {len(ids)} tokens and would lose "
                 f"{cut.count(self.image_token_id)} of its {ids.count(self.image_token_id)} image tokens at "
                 f"max_length={limit}. Raise `max_length` or shorten the prompt."
             )
-        kept = slice(excess, None) if left else slice(None, limit)
         return ids[kept], offsets[kept]
 
     def to_dict(self, legacy_serialization: bool = True) -> dict[str, Any]:
