@@ -101,7 +101,7 @@ def test_images_of_all_rows_are_in_the_rows_order():
 
 def test_padding_needs_a_token(monkeypatch):
     monkeypatch.setattr(Processor.tokenizer, "pad_token_id", None)
-    with pytest.raises(ValueError, match="Padding needs a padding token: set `processor.tokenizer.pad_token`"):
+    with pytest.raises(ValueError, match="^Padding needs a padding token: set `processor.tokenizer.pad_token`.$"):
         DataCollator(Processor)
     # 0 is a token like any other.
     monkeypatch.setattr(Processor.tokenizer, "pad_token_id", 0)

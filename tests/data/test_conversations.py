@@ -162,6 +162,19 @@ def test_a_chat_message_that_has_none_is_named(message, error):
     assert str(caught.value) == error
 
 
+def test_what_is_no_message_or_holds_nothing_to_learn_is_named(processor, monkeypatch):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        encode_conversation(processor, [3])
+    assert str(caught.value) == (
+        "A message needs `from` (human or gpt; in a chat `role`, user or assistant) and a text: got 3."
+    )
+    monkeypatch.setattr(processor, "encode_prompt", lambda text: ([1], [(0, 0)]))
+    with pytest.raises(
+        ValueError, match="^A row needs words of the assistant to learn from: all its labels are -100.$"
+    ):
+        encode_conversation(processor, [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}])
+
+
 def test_another_placeholder_and_another_end(renamed):
     texts = {"system": "Be <pic> <image>.", "human": "Who <image>\n<pic>?", "gpt": "a <pic> <image>"}
     ids, labels = encode_conversation(renamed, [{"from": role, "value": value} for role, value in texts.items()])

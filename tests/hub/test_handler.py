@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -50,6 +52,24 @@ def expected(handler, images, question: str = QUESTION, **kwargs) -> list[dict[s
     inputs = processor(images=images, text=prompt, return_tensors="pt", **kwargs).to(dtype=model.dtype)
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return [{"generated_text": processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()}]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("more", [{}, {"is_quantized": False}, {"is_quantized": True}])
+def test_an_endpoint_loads_the_folder_that_it_lies_in(monkeypatch, more, cuda):
+    done = []
+    model = SimpleNamespace(**more, to=lambda device: done.append(device) or model, eval=lambda: "model")
+    for name, part in (("AutoProcessor", "processor"), ("AutoModelForImageTextToText", model)):
+        load = lambda folder, part=part, **options: done.append((folder, options)) or part  # noqa: E731
+        monkeypatch.setattr(handler_file, name, SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    options = {"trust_remote_code": True, "local_files_only": True}
+    for arguments, folder in (((), str(Path(handler_file.__file__).parent)), ((Path("here"),), "here")):
+        endpoint = EndpointHandler(*arguments)
+        assert (endpoint.processor, endpoint.model) == ("processor", "model")
+        placed = [] if more.get("is_quantized") else ["cuda" if cuda else "cpu"]
+        assert done == [(folder, options), (folder, {**options, "dtype": "auto"}), *placed]
+        done.clear()
 
 
 def test_every_form_of_a_picture_gives_the_models_answer(handler, scene):
@@ -138,7 +158,7 @@ def test_pixels_and_bytes_are_limited_before_anything_is_decoded(handler, monkey
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     large = png_header(13_000, 13_000)
     for images, message in (
-        ([large], "at most 36000000 pixels: got 13000x13000"),
+        ([large], "at most 36000000 pixels: got 13000x13000. Make it smaller first.$"),
         ([png_header(50_000, 50_000)], "cannot be opened .*exceeds limit"),
         ([png_header(6000, 6000)] * 3, "at most 72000000 pixels together: got 108000000"),
         ([large + bytes(2**24)] * 2, "at most 33554432 bytes: got "),
@@ -172,16 +192,16 @@ def test_malformed_requests_are_told_what_is_wrong(handler, scene):
     good = {"image": text, "question": QUESTION}
     cases = [
         ("hello", "must be a dictionary with `inputs`: got str"),
-        ({}, "`inputs` must be a dictionary with `image` and `question`: got NoneType"),
+        ({}, '`inputs` must be .* `question`: got NoneType. Send {"inputs": {"image": "<base64>", "question": "..."}}.$'),
         ({"inputs": "What?"}, "`inputs` must be a dictionary .*: got str"),
-        ({"inputs": {**good, "picture": text}}, "`inputs` knows image, .*: got picture"),
+        ({"inputs": {**good, "picture": text, "x": 1}}, "`inputs` knows image, .*: got picture, x. Leave that out"),
         ({"inputs": {"image": text}}, "one question that is not empty"),
         ({"inputs": {"image": text, "question": "  "}}, "one question that is not empty"),
         ({"inputs": {"image": text, "question": 3}}, "one question that is not empty"),
         ({"inputs": {**good, "text": "And?"}}, "one question that is not empty"),
         ({"inputs": {"question": "What?"}}, "must hold a picture.*got none"),
-        ({"inputs": {"images": [], "question": "What?"}}, "must hold a picture.*got none"),
-        ({"inputs": {**good, "images": [text]}}, "`image` or `images`: got both"),
+        ({"inputs": {"images": [], "question": "What?"}}, "^`inputs` must hold a picture.*got none.$"),
+        ({"inputs": {**good, "images": [text]}}, "^`inputs` .* `images`: got both. Send all pictures in `images`.$"),
         ({"inputs": {"images": text, "question": "What?"}}, "`images` must be a list of pictures: got str"),
         ({"inputs": {**good, "image": "http://10.0.0.1/secret"}}, "got 'http://10.0.0.1/secret'. This endpoint opens no"),
         ({"inputs": {**good, "image": "file:///etc/passwd"}}, "This endpoint opens no address"),

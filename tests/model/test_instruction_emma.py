@@ -5,6 +5,7 @@ import importlib.util
 import json
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -149,6 +150,11 @@ def test_entities_with_and_without_ftfy(monkeypatch, fixes, text, cleaned):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert clean_instruction(text) == cleaned
+
+
+def test_the_merges_of_a_slow_tokenizer():
+    slow = SimpleNamespace(is_fast=False, bpe=lambda letters: f"{letters[0]} {letters[1:]}", convert_tokens_to_ids=list)
+    assert instruction_emma._byte_pair_ids(slow, "é!") == ["Ã", "©!"]
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 77])

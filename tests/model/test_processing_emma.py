@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support.processes import run_python
 from support.recorded import IMAGE_TOKENS, recorded_inputs
-from transformers import pipeline, tokenization_utils_base
+from transformers import ByT5Tokenizer, pipeline, tokenization_utils_base
 from transformers.processing_utils import Unpack
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
@@ -95,7 +95,9 @@ def test_text_kwargs_and_special_tokens(processor):
     assert processor(text="hello")["input_ids"][0] == [1, *plain]
     assert processor(text="hello", text_kwargs={"add_special_tokens": False})["input_ids"][0] == plain
     assert "attention_mask" not in processor(text="hello", return_attention_mask=False)
-    assert processor(text="hello", padding="max_length", max_length=9, pad_to_multiple_of=4)["input_ids"][0][0] == 0
+    padded = processor(text="hello", padding="max_length", max_length=9, pad_to_multiple_of=4)["input_ids"][0]
+    assert padded == [0] * (11 - len(plain)) + [1, *plain]
+    assert processor.encode_prompt("hello")[0] == [1, *plain]
     types = processor(images=picture(), text="USER: <image>\nWho? ASSISTANT:", return_mm_token_type_ids=True)
     ids = types["input_ids"][0]
     assert types["mm_token_type_ids"][0] == [int(token == 700) for token in ids]
@@ -104,6 +106,18 @@ def test_text_kwargs_and_special_tokens(processor):
     if hasattr(processor, "create_mm_token_type_ids"):
         # What Transformers 5 makes of the same ids by this name.
         assert processor.create_mm_token_type_ids([ids]) == types["mm_token_type_ids"]
+
+
+def test_padding_gives_a_mask_and_needs_a_token(processor):
+    lacking = copy.deepcopy(processor)
+    lacking.tokenizer.model_input_names = ["input_ids"]
+    assert lacking(text=["a b", "c"], padding=True)["attention_mask"][1][0] == 0
+    lacking.tokenizer.pad_token = None
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        lacking(text="a", padding=True)
+    assert str(caught.value) == (
+        "Padding needs a padding token, which the tokenizer lacks: set `processor.tokenizer.pad_token`."
+    )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -119,6 +133,21 @@ def test_a_piece_between_pictures_is_read_as_a_text_of_its_own(processor, refere
         prompt = f"<image>{piece}<image>"
         ids = again(images=[picture()] * 2, text=prompt, add_special_tokens=False)["input_ids"][0]
         assert ids[IMAGE_TOKENS:-IMAGE_TOKENS] == plain.encode(piece), repr(piece)
+
+
+def test_a_slow_tokenizer_gives_a_piece_one_span(processor):
+    # One id for each byte, 3 above its value.
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    slow = EmmaProcessor(processor.image_processor, tokenizer, processor.instruction_tokenizer, image_seq_length=2)
+    ids, spans = slow.encode_prompt("ab<image>c")
+    assert ids == [100, 101, slow.image_token_id, slow.image_token_id, 102, tokenizer.eos_token_id]
+    assert spans == [(0, 2), (0, 2), (2, 9), (2, 9), (9, 10), (10, 10)]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        slow.encode_prompt(f"a <{PLACEHOLDER_ESCAPE}image>")
+    assert str(caught.value) == (
+        "A text that holds '<image>' as words needs a fast tokenizer: got ByT5Tokenizer. Load it through AutoTokenizer."
+    )
 
 
 def test_offsets_point_into_the_prompt(processor):

@@ -132,6 +132,7 @@ def test_a_photo_is_upright():
         ({"instructions": "the hat"}, "that this server knows: got 'instructions'"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "`chat_template_kwargs` takes `instructions` only: got"),
         ({"chat_template_kwargs": {"instructions": ["a", "b"]}}, "one for each of 1 pictures: got \\['a', 'b'\\]"),
+        ({"chat_template_kwargs": {"instructions": "\ud800"}}, "^`instructions` must be valid Unicode"),
         ({"chat_template_kwargs": {"instructions": [3]}}, "Each of `instructions` must be a string: got 3"),
     ],
 )  # fmt: skip
@@ -293,6 +294,7 @@ def test_what_was_sent_is_shown():
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 3}]}]}, "got 3."),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "The text of `messages[0]` must be a string: got 3."),
         ({"messages": [*user(RED), *user(), {"role": "assistant", "content": "x"}]}, "got one with role 'assistant'."),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "are parts of the content. Leave it out."),
         ({"chat_template_kwargs": {"x": 1}}, "takes `instructions` only: got {'x': 1}."),
         ({"chat_template_kwargs": {"instructions": "\ud800"}}, "`instructions` must be valid Unicode: got half a character at position 0."),
         ({"a": 1, "b": 1, "c": 1, "d": 1}, "this server knows: got 'a', 'b', 'c'. Leave it out."),
@@ -320,9 +322,9 @@ def test_the_pixels_of_a_request_have_a_sum(monkeypatch):
     urls = [data_url(Image.new("1", (300, 200)))] * 3
     limits = Limits(picture_pixels=60_000, request_pixels=179_999)
     with pytest.raises(RequestError, match="Picture 3 of 3: .* at most 179999 pixels together: got 180000") as caught:
-        read_request({"messages": user(*urls)}, "emma", limits, 3)
+        read_request({"messages": user(*urls)}, "emma", limits, 3, 512)
     assert (caught.value.status, caught.value.param) == (413, "messages")
-    assert read_request({"messages": user(*urls)}, "emma", Limits(request_pixels=180_000), 3)
+    assert read_request({"messages": user(*urls)}, "emma", Limits(request_pixels=180_000), 3, 512)
 
 
 def test_a_bomb_of_pixels_is_too_large_not_broken():
@@ -330,6 +332,12 @@ def test_a_bomb_of_pixels_is_too_large_not_broken():
     with pytest.raises(RequestError, match="at most 36000000 pixels") as caught:
         read(messages=user(url))
     assert caught.value.status == 413
+
+
+def test_too_many_pictures_exceed_the_context():
+    with pytest.raises(RequestError, match="context length is 512 tokens.$") as caught:
+        read(messages=user(RED, RED, RED, RED))
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
 
 
 def test_another_model_is_not_found():

@@ -19,6 +19,7 @@ def test_batches_have_one_modality_and_every_row_comes_once(pictures, texts):
     # What fills no batch comes last.
     assert not any(mixed[: pictures // 8 + texts // 8])
     assert order == list(ModalityLengthSampler(lengths, 8, seed=3))
+    assert list(ModalityLengthSampler(lengths, 8)) == list(ModalityLengthSampler(lengths, 8, seed=0))
     sampler.set_epoch(1)
     assert len(lengths) < 4 or list(sampler) != order
     # Seed and epoch together decide.

@@ -428,7 +428,7 @@ def _byte_pair_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     letters = "".join(_BYTE_LETTERS[byte] for byte in word.encode())
     if tokenizer.is_fast:
         return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(letters)]
-    return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split(" "))
+    return tokenizer.convert_tokens_to_ids(tokenizer.bpe(letters).split())
 
 
 @lru_cache(maxsize=1)

@@ -83,9 +83,7 @@ class ChatRequest:
             raise
 
 
-def read_request(
-    body: dict[str, Any], model: str, limits: Limits, max_images: int, max_positions: int = 4096
-) -> ChatRequest:
+def read_request(body: dict[str, Any], model: str, limits: Limits, max_images: int, max_positions: int) -> ChatRequest:
     """Check the body of a chat completion, and open its images without decoding them.
 
     Args:

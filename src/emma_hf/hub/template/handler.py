@@ -87,7 +87,7 @@ class EndpointHandler:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            **({} if instruction is None else {"instructions": instruction}),
+            instructions=instruction,
         ).to(self.model.device, self.model.dtype)
         length = prepared["input_ids"].shape[1]
         if length >= positions:
