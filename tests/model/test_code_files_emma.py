@@ -55,7 +55,11 @@ MEANT = {
 # Where an attribute's name is no literal: it comes from a constant of the same file.
 COMPUTED_NAMES = {("quantization_emma.py", "add_modules_to_skip")}
 # Who loads another part, all of them from the place that the caller named.
-LOADING = {("modeling_emma.py", "from_pretrained"), ("processing_emma.py", "_get_arguments_from_pretrained")}
+LOADING = {
+    ("modeling_emma.py", "from_pretrained"),
+    ("processing_emma.py", "from_pretrained"),
+    ("processing_emma.py", "_get_arguments_from_pretrained"),
+}
 # Methods of models and patterns have these names, too, so only the bare functions are meant.
 BUILT_IN = {"eval", "exec", "compile", "open"}
 

@@ -278,6 +278,7 @@ def _processor(tokenizer: Any, source: Path, clip: Path, authors: dict[str, Any]
         instruction_tokenizer(source, clip),
         image_seq_length=config.image_seq_length,
         instruction_length=config.instruction_length,
+        vision_seq_length=config.vision_seq_length,
     )
 
 

@@ -12,6 +12,7 @@ HUB_FILES = (
     "processing_emma.py",
     "image_processing_emma.py",
     "instruction_emma.py",
+    "batches_emma.py",
     "chat_template_emma.py",
     "clip_towers_emma.py",
     "code_files_emma.py",
@@ -23,6 +24,7 @@ HUB_FILES = (
     "language_models_emma.py",
     "loading_emma.py",
     "quantization_emma.py",
+    "token_selection_emma.py",
 )
 
 # `AutoModelForVision2Seq` exists in Transformers 4.57 alone, `AutoModelForMultimodalLM` in 5 alone; a version does not

@@ -13,6 +13,7 @@ from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import text_config_from_dict, ties_word_embeddings
 from .errors_emma import EmmaError
 from .language_models_emma import check_language_model
+from .token_selection_emma import TOKEN_SELECTIONS, check_visual_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,8 @@ class EmmaConfig(PretrainedConfig):
         text_config: language model, a causal language model's config or its dictionary. Default: Vicuna-7B v1.5.
         image_token_index: id of the `<image>` placeholder, inside the vocabulary. Default: its last id.
             Also readable as `image_token_id`.
-        image_seq_length: visual tokens per image. Default: what the vision tower gives.
+        image_seq_length: visual tokens that an image has in a prompt. Default, and the only value that fits: as many as
+            `visual_tokens`, or else `vision_seq_length`, which the vision tower gives.
         vision_feature_layer: index into the vision tower's hidden states (`mm_vision_select_layer`).
         vision_feature_select_strategy: `"default"` drops the class token, `"full"` keeps it.
         instruction_feature_layer: index into the instruction encoder's hidden states (`mm_text_select_layer`).
@@ -94,6 +96,9 @@ class EmmaConfig(PretrainedConfig):
         fusion_implementation: how the modality adaptation is computed: `"eager"` (plain PyTorch; the default, because
             the kernels have not been measured on a GPU), `"triton"` (fused kernels; an error where they cannot run) or
             `"auto"` (the kernels on CUDA where they can run, else eager).
+        visual_tokens: visual tokens that are kept of each image, which makes prompts shorter. Default: all. Weights do
+            not depend on it: `from_pretrained` takes it for any checkpoint, as the processor's does.
+        token_selection: how they are chosen: `"diversity"`, those that differ most from each other.
 
     Raises:
         EmmaError: a value outside its choices, or token counts that disagree with the towers, or a language model that
@@ -124,6 +129,8 @@ class EmmaConfig(PretrainedConfig):
         visual_offset: bool = False,
         projector_hidden_act: str = "gelu",
         fusion_implementation: str = "eager",
+        visual_tokens: int | None = None,
+        token_selection: str = "diversity",
         **kwargs: Any,
     ) -> None:
         self.vision_config = _sub_config(vision_config, CLIPVisionConfig, CLIP_VISION_DEFAULTS)
@@ -142,13 +149,40 @@ class EmmaConfig(PretrainedConfig):
         self.visual_offset = visual_offset
         self.projector_hidden_act = projector_hidden_act
         self.fusion_implementation = fusion_implementation
-        self.image_seq_length = self._vision_tokens() if image_seq_length is None else image_seq_length
+        self.visual_tokens = visual_tokens
+        self.token_selection = token_selection
         self._validate()
+        if image_seq_length is not None:
+            self.image_seq_length = image_seq_length
         self._warn_of_misspelt(kwargs)
 
         # The head is tied, or not, as the language model's own checkpoint has it.
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(tie_word_embeddings=ties_word_embeddings(self.text_config), **kwargs)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Visual tokens that an image has in a prompt: `visual_tokens`, or else all."""
+        return self.vision_seq_length if self.visual_tokens is None else self.visual_tokens
+
+    @image_seq_length.setter
+    def image_seq_length(self, value: int) -> None:
+        if value not in (self.image_seq_length, self.vision_seq_length):
+            vision = self.vision_config
+            raise EmmaError(
+                "`image_seq_length` must be `visual_tokens`, or else the number of tokens that the vision tower gives "
+                f"for one image: got {value}, but a picture of {vision.image_size} pixels in patches of "
+                f"{vision.patch_size} with vision_feature_select_strategy={self.vision_feature_select_strategy!r} and "
+                f"visual_tokens={self.visual_tokens} gives {self.image_seq_length}. Leave `image_seq_length` out, or "
+                "correct `vision_config` or `visual_tokens`."
+            )
+
+    @property
+    def vision_seq_length(self) -> int:
+        """Visual tokens that the vision tower gives for one image: N, whatever `visual_tokens` keeps of them."""
+        vision = self.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return patches + (self.vision_feature_select_strategy == "full")
 
     @property
     def instruction_seq_length(self) -> int:
@@ -160,9 +194,13 @@ class EmmaConfig(PretrainedConfig):
         """Like the base class, for the values of a file, which must not ask for code: see `_without_kernels`.
 
         Raises:
-            EmmaError: an attention or experts implementation that is the name of a kernel on the Hub.
+            EmmaError: an attention or experts implementation that is the name of a kernel on the Hub, or a value that
+                the class refuses.
         """
-        return super().from_dict(_without_kernels(config_dict), **kwargs)
+        loaded = super().from_dict(_without_kernels(config_dict), **kwargs)
+        # The base class sets the keywords, which replace those of the file, as attributes.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._validate()
+        return loaded
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> "EmmaConfig":
@@ -170,18 +208,15 @@ class EmmaConfig(PretrainedConfig):
         return cls.from_dict(super()._dict_from_json_file(json_file))
 
     def to_dict(self) -> dict[str, Any]:
-        """Like the base class, with the complete `auto_map`, whatever the model was loaded through."""
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP)}
+        """Like the base class, with `image_seq_length`, which other programs read from the file, and with the complete
+        `auto_map`, whatever the model was loaded through.
+        """
+        return {**super().to_dict(), "image_seq_length": self.image_seq_length, "auto_map": dict(AUTO_MAP)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Like the base class, with the code files that `trust_remote_code` runs beside it."""
         copy_code_files(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _vision_tokens(self) -> int:
-        vision = self.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return patches + (self.vision_feature_select_strategy == "full")
 
     def _validate(self) -> None:
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
@@ -191,20 +226,15 @@ class EmmaConfig(PretrainedConfig):
             tuple(INSTRUCTION_TOKENS_KEPT),
         )
         _one_of("fusion_implementation", self.fusion_implementation, ("auto", "eager", "triton"))
+        _one_of("token_selection", self.token_selection, TOKEN_SELECTIONS)
+        if self.visual_tokens is not None:
+            check_visual_tokens(self.visual_tokens, self.vision_seq_length)
         activations = tuple(ACT2FN)
         _one_of("projector_hidden_act", self.projector_hidden_act, activations)
         _one_of("vision_config.hidden_act", self.vision_config.hidden_act, activations)
         _one_of("instruction_config.hidden_act", self.instruction_config.hidden_act, activations)
         _hidden_state_index("vision_feature_layer", self.vision_feature_layer, self.vision_config)
         _hidden_state_index("instruction_feature_layer", self.instruction_feature_layer, self.instruction_config)
-        if self.image_seq_length != self._vision_tokens():
-            raise EmmaError(
-                f"`image_seq_length` must be the number of tokens that the vision tower gives for one image: got "
-                f"{self.image_seq_length}, but a picture of {self.vision_config.image_size} pixels in patches of "
-                f"{self.vision_config.patch_size} with vision_feature_select_strategy="
-                f"{self.vision_feature_select_strategy!r} gives {self._vision_tokens()}. Leave `image_seq_length` out "
-                "or correct `vision_config`."
-            )
         positions = self.instruction_config.max_position_embeddings
         if not 2 <= self.instruction_length <= positions:
             raise EmmaError(
@@ -221,7 +251,8 @@ class EmmaConfig(PretrainedConfig):
 
     def _warn_of_misspelt(self, extra: dict[str, Any]) -> None:
         # Base configs legitimately carry keys that are no argument of ours, so only a near miss is worth a warning.
-        ours = [name for name in vars(self) if not name.startswith("_")] + ["image_token_id"]
+        ours = [name for name in vars(self) if not name.startswith("_")]
+        ours += ["image_token_id", "image_seq_length"]
         known = set(vars(PretrainedConfig())) | set(dir(PretrainedConfig))
         for key in extra:
             nearest = difflib.get_close_matches(key, ours, n=1, cutoff=0.85)
@@ -256,12 +287,14 @@ def _without_kernels(values: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {}
     for key, value in values.items():
-        if key.endswith("_implementation_internal"):
+        # Labels have numbers for keys.
+        name = str(key)
+        if name.endswith("_implementation_internal"):
             continue
-        if key.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
+        if name.lstrip("_") in ("attn_implementation", "experts_implementation") and "/" in str(value):
             raise EmmaError(
-                f"A config file must not name a kernel of the Hub, whose code would run: got {key}={value!r}. Remove "
-                f"it from the file; if you trust this kernel, pass {key.lstrip('_')}= to `from_pretrained` yourself."
+                f"A config file must not name a kernel of the Hub, whose code would run: got {name}={value!r}. Remove "
+                f"it from the file; if you trust this kernel, pass {name.lstrip('_')}= to `from_pretrained` yourself."
             )
         kept[key] = _without_kernels(value) if isinstance(value, dict) else value
     return kept

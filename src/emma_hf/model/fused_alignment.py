@@ -66,6 +66,18 @@ def visual_alignment_reference(
     return functional.linear(tokens.transpose(1, 2), weight, bias).transpose(1, 2)
 
 
+def visual_alignment_of_rows(
+    vision_features: torch.Tensor,
+    projected: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """Rows of F (images, K, width), each image its own `rows` (images, K): `Wa[S, :] [V ; P] + ba[S]`."""
+    tokens = torch.cat([vision_features, projected], dim=1)
+    return torch.baddbmm(bias[rows].unsqueeze(-1), weight[rows], tokens)
+
+
 if triton is not None:
 
     @triton.jit
@@ -502,5 +514,6 @@ __all__ = [
     "instruction_projection",
     "instruction_projection_reference",
     "visual_alignment",
+    "visual_alignment_of_rows",
     "visual_alignment_reference",
 ]

@@ -15,6 +15,7 @@ from .fused_alignment import (
     instruction_projection,
     triton,
     visual_alignment,
+    visual_alignment_of_rows,
 )
 
 
@@ -58,14 +59,18 @@ def should_use_kernels(
 
 
 def fused_adaptation(
-    adaptation: nn.Module, vision_features: torch.Tensor, instruction_features: torch.Tensor
+    adaptation: nn.Module,
+    vision_features: torch.Tensor,
+    instruction_features: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """F (images, N, vision width) from the kernels.
+    """F (images, N, vision width), or its chosen rows, from the kernels.
 
     Args:
         adaptation: an `EmmaModalityAdaptation` for which [`should_use_kernels`] is true.
         vision_features: V (images, N, vision width).
         instruction_features: H (images, T, instruction width).
+        rows: the rows of F that are computed for each image, (images, K). Default: all.
 
     Returns:
         F in the dtype of the weights, or in that of autocast where it is on.
@@ -77,7 +82,11 @@ def fused_adaptation(
     projected = instruction_projection(
         instruction_features.to(dtype), projection.weight.to(dtype), projection.bias.to(dtype)
     )
-    return visual_alignment(vision_features.to(dtype), projected, alignment.weight.to(dtype), alignment.bias.to(dtype))
+    features, weight, bias = vision_features.to(dtype), alignment.weight.to(dtype), alignment.bias.to(dtype)
+    if rows is None:
+        return visual_alignment(features, projected, weight, bias)
+    # The kernel has one matrix for all images. Of few rows PyTorch's own product of batches takes no longer.
+    return visual_alignment_of_rows(features, projected, weight, bias, rows)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ LLaVA and three things: a CLIP text encoder that reads the instruction, the modu
 and one row of instruction ids for each image. Letters of the paper, and sizes in the released 7B model:
 
     N   visual tokens per image, 576                   T   instruction tokens per image, 77
+    K   visual tokens that are kept of them: all, or `visual_tokens` of the config
     V   (images, N, vision width 1024)                 what CLIP's vision tower sees
     H   (images, T, instruction width 768)             what CLIP's text encoder reads
     Wp, bp   (1024, 768), (1024,)                      instruction projection
@@ -11,7 +12,7 @@ and one row of instruction ids for each image. Letters of the paper, and sizes i
     Wa, ba   (N, N + T), (N,)                          visual alignment, on the token axis
     F   (images, N, vision width)                      Wa [V ; P] + ba
     W1, b1, W2, b2                                     the projector of LLaVA-1.5
-    Z   (images, N, text width 4096)                   W2 GELU(W1 F + b1) + b2, in place of the placeholders
+    Z   (images, K, text width 4096)                   W2 GELU(W1 F + b1) + b2, in place of the placeholders
 """
 
 from collections.abc import Callable, Mapping
@@ -48,11 +49,12 @@ from .compat_emma import (
 )
 from .configuration_emma import EmmaConfig
 from .errors_emma import EmmaError
-from .fused_alignment import visual_alignment_reference
+from .fused_alignment import visual_alignment_of_rows, visual_alignment_reference
 from .fusion_emma import check_fusion_implementation, fused_adaptation, should_use_kernels
 from .image_encoding_emma import EmmaImageEncoding
 from .loading_emma import loading_errors
 from .quantization_emma import add_modules_to_skip, check_quantizable, check_quantized, keep_exact
+from .token_selection_emma import select_diverse
 
 # Per-image inputs: one row per image, needed only in the prefill step.
 IMAGE_INPUTS = ("pixel_values", "instruction_input_ids", "vision_features", "image_features")
@@ -68,7 +70,7 @@ class _ImageHiddenStates:
 
     @property
     def image_hidden_states(self) -> torch.FloatTensor | None:
-        """Z (images, N, text width), which replaced the placeholders; None where the batch has no image."""
+        """Z (images, K, text width), which replaced the placeholders; None where the batch has no image."""
         return None if self.image_outputs is None else self.image_outputs.pooler_output
 
 
@@ -78,7 +80,7 @@ class EmmaModelOutputWithPast(_ImageHiddenStates, BaseModelOutputWithPast):
 
     Args:
         last_hidden_state: (batch, tokens, text width), after the language model's final norm.
-        image_outputs: output of [`EmmaModel.get_image_features`]; its `pooler_output`, Z (images, N, text width),
+        image_outputs: output of [`EmmaModel.get_image_features`]; its `pooler_output`, Z (images, K, text width),
             replaced the placeholders. None where the batch has no image.
         **others: cache (`cache`, before Transformers 5.24 `past_key_values`), `hidden_states` and `attentions` of the
             language model, where they are asked for.
@@ -112,9 +114,16 @@ class EmmaVisualAlignment(nn.Module):
         self.weight = nn.Parameter(torch.empty(visual_tokens, visual_tokens + instruction_tokens))
         self.bias = nn.Parameter(torch.empty(visual_tokens))
 
-    def forward(self, vision_features: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """V (images, N, vision width) and P (images, T, vision width) to F (images, N, vision width)."""
-        return visual_alignment_reference(vision_features, projected, self.weight, self.bias)
+    def forward(
+        self, vision_features: torch.Tensor, projected: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """V (images, N, vision width) and P (images, T, vision width) to F (images, N, vision width).
+
+        Where there are `rows` (images, K), F has these alone, each image its own: (images, K, vision width).
+        """
+        if rows is None:
+            return visual_alignment_reference(vision_features, projected, self.weight, self.bias)
+        return visual_alignment_of_rows(vision_features, projected, self.weight, self.bias, rows)
 
 
 class EmmaModalityAdaptation(nn.Module):
@@ -129,22 +138,41 @@ class EmmaModalityAdaptation(nn.Module):
     def __init__(self, config: EmmaConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.vision_config.hidden_size
+        tokens, width = config.vision_seq_length, config.vision_config.hidden_size
         self.instruction_projection = nn.Linear(config.instruction_config.hidden_size, width)
-        self.visual_alignment = EmmaVisualAlignment(config.image_seq_length, config.instruction_seq_length)
+        self.visual_alignment = EmmaVisualAlignment(tokens, config.instruction_seq_length)
         # CODEPATH: the authors' v3 checkpoints have the offset, the released one (v1) has none.
-        self.visual_offset = nn.Parameter(torch.empty(config.image_seq_length, width)) if config.visual_offset else None
+        self.visual_offset = nn.Parameter(torch.empty(tokens, width)) if config.visual_offset else None
 
     def forward(self, vision_features: torch.Tensor, instruction_features: torch.Tensor) -> torch.Tensor:
-        """V (images, N, vision width) and H (images, T, instruction width) to F (images, N, vision width)."""
+        """V (images, N, vision width) and H (images, T, instruction width) to F (images, K, vision width)."""
+        rows = self.select_rows(vision_features)
         # CODEPATH: any checkpoint, by its `fusion_implementation`; the released one says eager.
         if should_use_kernels(self.config.fusion_implementation, self, vision_features, instruction_features):
-            fused = fused_adaptation(self, vision_features, instruction_features)
+            fused = fused_adaptation(self, vision_features, instruction_features, rows)
         else:
             dtype = self.visual_alignment.weight.dtype
             projected = nn.functional.gelu(self.instruction_projection(instruction_features.to(dtype)))
-            fused = self.visual_alignment(vision_features.to(dtype), projected)
-        return fused if self.visual_offset is None else fused + self.visual_offset
+            chosen = () if rows is None else (rows,)
+            fused = self.visual_alignment(vision_features.to(dtype), projected, *chosen)
+        if self.visual_offset is None:
+            return fused
+        return fused + (self.visual_offset if rows is None else self.visual_offset[rows])
+
+    def select_rows(self, vision_features: torch.Tensor) -> torch.Tensor | None:
+        """The visual tokens that the config keeps of each image, which are the rows of Wa, ba and the offset.
+
+        Args:
+            vision_features: V (images, N, vision width).
+
+        Returns:
+            Indices (images, K), ascending; None where all are kept.
+        """
+        config = self.config
+        # CODEPATH: any checkpoint, by the `visual_tokens` that it is loaded with; the released one keeps all.
+        if config.image_seq_length == config.vision_seq_length:
+            return None
+        return select_diverse(vision_features, config.image_seq_length)
 
 
 class EmmaMultiModalProjector(nn.Module):
@@ -158,7 +186,7 @@ class EmmaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, fused_features: torch.Tensor) -> torch.Tensor:
-        """(images, N, vision width) to (images, N, text width)."""
+        """(images, K, vision width) to (images, K, text width)."""
         return self.linear_2(self.act(self.linear_1(fused_features.to(self.linear_1.bias.dtype))))
 
 
@@ -364,7 +392,7 @@ class EmmaModel(EmmaPreTrainedModel):
             output_attentions: also return the vision tower's attentions; likewise.
 
         Returns:
-            An output whose `pooler_output` is Z (images, N, text width) and whose `last_hidden_state` is V (images, N,
+            An output whose `pooler_output` is Z (images, K, text width) and whose `last_hidden_state` is V (images, N,
             vision width).
 
         Raises:
@@ -383,7 +411,7 @@ class EmmaModel(EmmaPreTrainedModel):
         elif vision_features is None:
             vision_features = self.get_vision_features(pixel_values)
         else:
-            tokens, width = self.config.image_seq_length, self.config.vision_config.hidden_size
+            tokens, width = self.config.vision_seq_length, self.config.vision_config.hidden_size
             check_features("vision_features", vision_features, tokens, width)
         check_one_instruction_per_image(vision_features, instruction_input_ids)
         instruction_features = self.get_instruction_features(instruction_input_ids)
@@ -403,7 +431,7 @@ class EmmaModel(EmmaPreTrainedModel):
         Args:
             input_ids: (batch, tokens), or None where only embeddings are known.
             inputs_embeds: (batch, tokens, text width).
-            image_features: (images, N, text width), or None where the batch has no image.
+            image_features: (images, K, text width), or None where the batch has no image.
 
         Returns:
             (batch, tokens) boolean, as many true as there are visual tokens.
@@ -427,13 +455,14 @@ class EmmaModel(EmmaPreTrainedModel):
                 raise EmmaError(
                     f"Image features and image tokens do not match: an image stands for {length} placeholder tokens, "
                     f"but row {row} holds {tokens}. Do not cut a prompt inside an image: raise `max_length`, and "
-                    "leave out `prefill_chunk_size`."
+                    "leave out `prefill_chunk_size`. Load the processor with the model's `visual_tokens`."
                 )
         if sum(per_row) != expected:
             raise EmmaError(
                 f"Image features and image tokens do not match: {sum(per_row)} tokens (images per row: "
                 f"{[tokens // length for tokens in per_row]}), but {expected} features ({expected // length} images). "
-                "Pass one image for each `<image>` in the prompts, in their order, and no `prefill_chunk_size`."
+                "Pass one image for each `<image>` in the prompts, in their order, and no `prefill_chunk_size`; load "
+                "the processor with the model's `visual_tokens`."
             )
         return mask
 
@@ -460,7 +489,7 @@ class EmmaModel(EmmaPreTrainedModel):
             position_ids: (batch, tokens).
             inputs_embeds: (batch, tokens, text width), in place of `input_ids`.
             vision_features: (images, N, vision width) from `get_vision_features`, in place of `pixel_values`.
-            image_features: (images, N, text width), the `pooler_output` of `get_image_features`, in place of
+            image_features: (images, K, text width), the `pooler_output` of `get_image_features`, in place of
                 `pixel_values`, `vision_features` and `instruction_input_ids`.
             **kwargs: keywords of the language model: the cache of an earlier call (`cache`, before Transformers 5.24
                 `past_key_values`), `use_cache` and others. `output_hidden_states` and `output_attentions` also apply to
@@ -547,7 +576,7 @@ class EmmaModel(EmmaPreTrainedModel):
         return inputs_embeds
 
     def _dummy_image_features(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """No visual tokens, (0, N, text width), computed from a black image.
+        """No visual tokens, (0, K, text width), computed from a black image.
 
         Every weight takes part and none has an influence: other processes wait for this one wherever a weight is
         gathered or a gradient is averaged.
@@ -614,7 +643,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Visual tokens Z (images, N, text width) in `.pooler_output`; see [`EmmaModel.get_image_features`]."""
+        """Visual tokens Z (images, K, text width) in `.pooler_output`; see [`EmmaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, instruction_input_ids, vision_features, **kwargs)
 
     @can_return_tuple

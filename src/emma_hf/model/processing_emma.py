@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .batches_emma import as_batch, padded
 from .chat_template_emma import CHAT_TEMPLATE, refuse_unread
 from .code_files_emma import AUTO_MAP, copy_code_files
 from .compat_emma import (
@@ -37,6 +38,7 @@ from .instruction_emma import (
     normalize_message,
     unmark_control_tokens,
 )
+from .token_selection_emma import check_visual_tokens
 
 
 class EmmaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -59,6 +61,7 @@ class EmmaProcessor(ProcessorMixin):
         instruction_length: ids per instruction, padding included.
         instruction_turn: whose words are an image's instruction: `"image"`, the user turn that holds it (a chat then
             keeps its cache), or `"last"`, the latest user turn.
+        vision_seq_length: visual tokens that the vision tower gives for an image. Default: as many as are kept.
 
     Raises:
         EmmaError: a tokenizer that does not fit its place, or an unknown `instruction_turn`.
@@ -82,9 +85,11 @@ class EmmaProcessor(ProcessorMixin):
         image_seq_length: int = 576,
         instruction_length: int = 77,
         instruction_turn: str = "image",
+        vision_seq_length: int | None = None,
     ) -> None:
         self.image_token = image_token
         self.image_seq_length = image_seq_length
+        self.vision_seq_length = image_seq_length if vision_seq_length is None else vision_seq_length
         self.instruction_length = instruction_length
         self.instruction_turn = instruction_turn
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
@@ -171,7 +176,7 @@ class EmmaProcessor(ProcessorMixin):
         if rows and (images or instructions is not None):
             ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
             data["instruction_input_ids"] = torch.tensor(ids)
-        batch = _as_batch(data, return_tensors)
+        batch = as_batch(data, return_tensors)
         if prompts is not None and replacements:
             batch["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in prompts]
         return batch
@@ -374,7 +379,7 @@ class EmmaProcessor(ProcessorMixin):
         if return_offsets_mapping:
             # In the prompt as it was given, all ids of an image have the span of its placeholder.
             data["offset_mapping"] = [
-                _padded(offsets, len(ids), (0, 0), side) for (_, offsets), ids in zip(encoded, data["input_ids"])
+                padded(offsets, len(ids), (0, 0), side) for (_, offsets), ids in zip(encoded, data["input_ids"])
             ]
         return data
 
@@ -473,6 +478,23 @@ class EmmaProcessor(ProcessorMixin):
         return super().to_dict()
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`ProcessorMixin.from_pretrained`, which also takes the `visual_tokens` of the model's config; None: all.
+
+        Raises:
+            EmmaError: `visual_tokens` that the vision tower does not give.
+        """
+        changes = "visual_tokens" in kwargs
+        visual_tokens = kwargs.pop("visual_tokens", None)
+        loaded = super().from_pretrained(*args, **kwargs)
+        if changes:
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            if visual_tokens is not None:
+                check_visual_tokens(visual_tokens, processor.vision_seq_length)
+            processor.image_seq_length = visual_tokens or processor.vision_seq_length
+        return loaded
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, processor_dict=None, **kwargs: Any):
         # The second tokenizer has a folder of its own; nothing falls back to the first one.
         subfolder = kwargs.pop("subfolder", None) or ""
@@ -503,28 +525,6 @@ class EmmaProcessor(ProcessorMixin):
         make_tokenizer_config_portable(folder, self.tokenizer)
         make_tokenizer_config_portable(second, self.instruction_tokenizer)
         return files
-
-
-def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    if return_tensors != "pt":
-        for name in {"pixel_values", "instruction_input_ids"} & data.keys():
-            data[name] = data[name].numpy() if return_tensors == "np" else data[name].tolist()
-    if return_tensors is not None and "input_ids" in data:
-        _check_rectangular(data["input_ids"])
-    return BatchFeature(data, tensor_type=return_tensors)
-
-
-def _check_rectangular(rows: list[list[int]]) -> None:
-    lengths = [len(row) for row in rows]
-    if len(set(lengths)) > 1:
-        raise EmmaError(
-            f"Prompts of different lengths cannot make one tensor: got {lengths} tokens. Pass `padding=True`."
-        )
-
-
-def _padded(values: list, length: int, fill: Any, side: str) -> list:
-    padding = [fill] * (length - len(values))
-    return padding + values if side == "left" else values + padding
 
 
 __all__ = ["EmmaProcessor"]

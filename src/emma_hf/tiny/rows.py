@@ -246,7 +246,7 @@ def vision_features(
 
     Each process computes a part.
     """
-    shape = (count, processor.image_seq_length, model.config.vision_config.hidden_size)
+    shape = (count, model.config.vision_seq_length, model.config.vision_config.hidden_size)
     processes, partial_path = PartialState(), path.with_suffix(".part")
     processes.wait_for_everyone()
     if not path.is_file() or path.stat().st_size != 2 * np.prod(shape):

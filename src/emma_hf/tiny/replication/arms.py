@@ -116,7 +116,7 @@ class ReplicationModel(nn.Module):
         super().__init__()
         self.arm, self.tokens = ARMS[row.arm], row.tokens
         adaptation, config = model.model.modality_adaptation, model.config
-        self.side, self.pooled_side = math.isqrt(config.image_seq_length), math.isqrt(row.tokens)
+        self.side, self.pooled_side = math.isqrt(config.vision_seq_length), math.isqrt(row.tokens)
         if self.pooled_side**2 != row.tokens or not row.tokens or self.side % self.pooled_side:
             raise EmmaError(
                 f"Visual tokens are averaged over squares of the {self.side}x{self.side} grid, so their number is a "
@@ -126,7 +126,7 @@ class ReplicationModel(nn.Module):
         if not 1 <= row.depth <= len(layers):
             raise EmmaError(f"The language model has {len(layers)} layers: got depth {row.depth}.")
 
-        visual_tokens = config.image_seq_length
+        visual_tokens = config.vision_seq_length
         weight, bias = adaptation.visual_alignment.weight, adaptation.visual_alignment.bias
         self.visual_weight = nn.Parameter(weight[:, :visual_tokens].detach().clone(), self.arm.mixing)
         self.text_weight = nn.Parameter(torch.zeros_like(weight[:, visual_tokens:]), self.arm.text)
