@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from emma_hf.data import encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction
 from emma_hf.tiny import rows as tiny_rows
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.questions import ENDING, EXERCISES, FAMILIES, caption
 from emma_hf.tiny.rows import (
     TRAINED_FAMILIES,
-    PackedQuestionsCollator,
     RowKind,
+    TinyEmmaCollator,
     TinyEmmaDataset,
     training_scene,
     vision_features,
@@ -62,9 +61,25 @@ def test_vision_features_are_those_of_the_model(untrained, tmp_path):
     assert np.array_equal(vision_features(model, processor, 5, tmp_path / "cut"), features)
 
 
+def test_vision_features_go_on_where_they_were_stopped(untrained, tmp_path, monkeypatch):
+    processor, model = untrained
+    monkeypatch.setattr(tiny_rows, "FEATURE_BATCH", 2)
+    expected = vision_features(model, processor, 7, tmp_path / "whole")
+    # Stopped in the third batch: its first image is done, and the second batch is not known to be complete.
+    partial = np.memmap(tmp_path / "stopped.part", np.float16, "w+", shape=expected.shape)
+    partial[:5] = expected[:5]
+    partial[3] = 1
+    partial.flush()
+    seen, encode = [], model.get_vision_features
+    monkeypatch.setattr(model, "get_vision_features", lambda pixels: (seen.append(len(pixels)), encode(pixels))[1])
+    assert np.array_equal(vision_features(model, processor, 7, tmp_path / "stopped.f16"), expected)
+    assert seen == [2, 2, 1]
+    assert not (tmp_path / "stopped.part").exists()
+
+
 def test_the_kinds_of_rows_take_turns_by_step(untrained, features, rows):
-    kinds = ["chat", "packed", "packed", "packed", "packed", "single"]
-    assert [rows.kind(index).value for index in range(80)] == [kinds[index // 4 % 6] for index in range(80)]
+    kinds = "question question ended question question description question question ended question chat description"
+    assert [rows.kind(index).value for index in range(80)] == [kinds.split()[index // 4 % 12] for index in range(80)]
     captions = TinyEmmaDataset("pretrain", features, untrained[0], 30, batch_size=4, seed=0)
     assert {captions.kind(index) for index in range(30)} == {RowKind.CAPTION}
 
@@ -89,51 +104,42 @@ def test_a_row_has_the_features_of_its_image(rows, features):
 
 def test_questions_of_a_chat_follow_each_other(untrained, rows):
     processor, _ = untrained
-    decode, counts, excluded = processor.tokenizer.decode, [], 0
+    decode, excluded = processor.tokenizer.decode, 0
     for index in (index for index in range(80) if rows.kind(index) is RowKind.CHAT):
         item, turns = rows[index], rows.turns(index)
         text = " USER: ".join(f"{turn.text} ASSISTANT: {turn.answer}</s>" for turn in turns)
-        assert decode(item["input_ids"][item["segments"] == 1]).strip().replace("</s>USER", "</s> USER") == text
+        words = item["input_ids"][(item["input_ids"] == processor.image_token_id).nonzero()[-1] + 1 :]
+        assert decode(words).strip().replace("</s>USER", "</s> USER") == text
         answers = decode(item["labels"][item["labels"] != -100]).split("</s>")
         assert [answer.strip() for answer in answers] == [*(turn.answer for turn in turns), ""]
-        assert item["position_ids"].tolist() == list(range(len(item["input_ids"])))
-        assert (item["labels"][item["segments"] == 0] == -100).all()
         # As the authors train: of several questions what stands after their colon, and the shortest of them.
-        texts = [turn.text.split(":")[-1].lstrip() if len(turns) > 1 else turn.text for turn in turns]
+        texts = [turn.text.split(":")[-1].lstrip() for turn in turns]
         ids = [encode_instruction(processor.instruction_tokenizer, text) for text in texts]
         (instruction,) = item["instruction_input_ids"].tolist()
         assert instruction in ids
         assert instruction.count(0) == max(row.count(0) for row in ids)
-        assert len(item["input_ids"]) <= 256
-        counts.append(len(turns))
+        assert len(turns) == 3
         excluded += check_excluded_tokens(item, turns, processor.tokenizer)
-    assert np.mean(counts) > 4
-    assert excluded > 10
+    assert excluded > 1
 
 
-def test_packed_questions_fill_a_row_and_single_ones_stand_alone(untrained, rows):
+def test_what_is_learned_in_other_rows_is_the_answer_to_their_instruction(untrained, rows):
     processor, _ = untrained
-    decode, lengths, endings, excluded = processor.tokenizer.decode, [], [], 0
+    decode, excluded, seen = processor.tokenizer.decode, 0, Counter()
     for index in (index for index in range(80) if rows.kind(index) is not RowKind.CHAT):
-        item, turns = rows[index], rows.turns(index)
+        item, (turn,) = rows[index], rows.turns(index)
         (instruction,) = item["instruction_input_ids"].tolist()
-        assert instruction == encode_instruction(processor.instruction_tokenizer, turns[0].text)
-        assert (item["labels"][item["segments"] == 0] == -100).all()
-        for number, turn in enumerate(turns, 1):
-            own = item["segments"] == number
-            assert decode(item["input_ids"][own]).strip() == f"{turn.text} ASSISTANT: {turn.answer}</s>"
-            assert decode(item["labels"][own & (item["labels"] != -100)]) == f"{turn.answer}</s>"
-        if rows.kind(index) is RowKind.SINGLE:
-            assert len(turns) == 1
-        else:
-            lengths.append(len(item["input_ids"]))
-        endings += [ENDING in turn.text for turn in turns]
-        excluded += check_excluded_tokens(item, turns, processor.tokenizer)
-    assert np.mean(lengths) > 220
-    assert max(lengths) <= 256
-    assert excluded > 40
-    # Half of the questions have the ending, and a quarter of these keep it.
-    assert 0.05 < np.mean(endings) < 0.2
+        assert instruction == encode_instruction(processor.instruction_tokenizer, turn.text)
+        words = item["input_ids"][(item["input_ids"] == processor.image_token_id).nonzero()[-1] + 1 :]
+        assert decode(words).strip() == f"{turn.text} ASSISTANT: {turn.answer}</s>"
+        assert decode(item["labels"][item["labels"] != -100]) == f"{turn.answer}</s>"
+        kind = rows.kind(index)
+        assert (turn.family == "caption") is (kind is RowKind.DESCRIPTION)
+        assert turn.text.endswith(ENDING) is (kind is RowKind.ENDED)
+        excluded += check_excluded_tokens(item, [turn], processor.tokenizer)
+        seen[kind.value] += 1
+    assert excluded > 20
+    assert seen == {"question": 52, "ended": 12, "description": 12}
 
 
 def test_rows_of_the_first_stage_are_captions(untrained, features):
@@ -142,34 +148,14 @@ def test_rows_of_the_first_stage_are_captions(untrained, features):
     (turn,) = captions.turns(1)
     assert check_excluded_tokens(captions[1], [turn], processor.tokenizer) == len(turn.excluded_answers)
     assert (turn.text, turn.answer) == ("", caption(training_scene(captions.image_index(1), 5)))
-    batch = PackedQuestionsCollator(processor)([captions[0], captions[1]])
+    items = [captions[0], captions[1]]
+    batch = TinyEmmaCollator(processor)(items)
     assert batch["vision_features"].shape == (2, 64, 128)
-    assert batch["input_ids"].shape == (2, 136)
-
-
-def test_packed_questions_are_answered_as_if_alone(untrained):
-    processor, model = untrained
-    features = np.random.default_rng(0).normal(size=(5, 64, 128)).astype(np.float16)
-    rows = TinyEmmaDataset("finetune", features, processor, 80, batch_size=4, seed=0)
-    items = [rows[54], rows[55], rows[70]]
-    assert [len(rows.turns(index)) > 1 for index in (54, 55, 70)] == [True, True, False]
-    batch = PackedQuestionsCollator(processor)(items)
-    assert batch["input_ids"].shape == (3, 256)
-    with torch.no_grad():
-        together = model(**batch)
-        losses = []
-        for row, index in enumerate((54, 55, 70)):
-            for number, turn in enumerate(rows.turns(index), 1):
-                asked = {"from": "human", "value": f"<image>\n{turn.text}"}
-                conversation = [asked, {"from": "gpt", "value": turn.answer}]
-                ids, labels = (torch.tensor([values]) for values in encode_conversation(processor, conversation))
-                images = {name: items[row][name] for name in ("vision_features", "instruction_input_ids")}
-                alone = model(input_ids=ids, labels=labels, **images)
-                mine = (items[row]["segments"] == number).nonzero()[:, 0]
-                assert torch.allclose(alone.logits[0, -len(mine) :], together.logits[row, mine], atol=1e-5)
-                losses += [alone.loss] * int((labels != -100).sum())
-    assert len(losses) == int((batch["labels"] != -100).sum())
-    assert torch.allclose(together.loss, torch.stack(losses).mean(), atol=1e-5)
+    lengths = [len(item["input_ids"]) for item in items]
+    assert len(set(lengths)) == 2
+    assert batch["input_ids"].shape == batch["excluded_tokens"].shape == (2, max(lengths))
+    short = lengths.index(min(lengths))
+    assert (batch["excluded_tokens"][short, min(lengths) :] == -1).all()
 
 
 def test_every_family_is_asked_in_training():
@@ -180,8 +166,8 @@ def test_counts_are_kept_by_their_share(untrained, monkeypatch):
     processor, _ = untrained
 
     def counts() -> Counter:
-        rows = TinyEmmaDataset("finetune", np.zeros((40, 1, 1)), processor, 240, batch_size=4, seed=0)
-        turns = (turn for index in range(60, 120) for turn in rows.turns(index))
+        rows = TinyEmmaDataset("finetune", np.zeros((40, 1, 1)), processor, 1200, batch_size=4, seed=0)
+        turns = (turn for index in range(300, 900) for turn in rows.turns(index))
         return Counter(turn.answer for turn in turns if turn.family == "count")
 
     monkeypatch.setattr(tiny_rows, "KEPT_COUNTS", {})

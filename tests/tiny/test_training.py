@@ -5,13 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel, TrainingArguments
-from transformers.modeling_outputs import CausalLMOutput
+from safetensors.torch import load_file
+from transformers import CLIPModel
 
-from emma_hf import EmmaForConditionalGeneration
-from emma_hf.tiny.recipe import SMOKE
-from emma_hf.tiny.rows import PackedQuestionsCollator, TinyEmmaDataset
-from emma_hf.tiny.training import SequentialEmmaTrainer, cross_entropy_excluding, train_tiny
+from emma_hf import EmmaError, EmmaForConditionalGeneration
+from emma_hf.tiny.recipe import SMOKE, Budget, SequentialTrainer
+from emma_hf.tiny.training import train_tiny
 
 
 def losses(folder) -> list[float]:
@@ -44,35 +43,46 @@ def test_smoke_training_learns_in_every_phase_and_does_none_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_what_is_never_shown_is_not_learned_to_be_wrong(untrained, tmp_path):
-    processor, model = untrained
-    features = np.random.default_rng(0).normal(size=(5, 64, 128)).astype(np.float16)
-    rows = TinyEmmaDataset("finetune", features, processor, 80, batch_size=4, seed=0)
-    batch = PackedQuestionsCollator(processor)([rows[index] for index in range(52, 56)])
-    marked = batch["excluded_tokens"][:, 1:].flatten().tolist()
-    assert sum(other >= 0 for other in marked) > 5
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    trainer = SequentialEmmaTrainer(model=model, args=args, train_dataset=rows, processing_class=processor)
-    loss = trainer.compute_loss(model, dict(batch))
-    rest = {name: values for name, values in batch.items() if name not in ("labels", "excluded_tokens")}
-    logits = model(**rest).logits.detach().requires_grad_()
-    expected = []
-    for row, label, other in zip(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten().tolist(), marked):
-        if label != -100:
-            among = [token for token in range(len(row)) if token != other]
-            expected.append(row[among].logsumexp(0) - row[label])
-    assert torch.allclose(loss, torch.stack(expected).mean(), atol=1e-5)
-    outputs = CausalLMOutput(logits=logits)
-    whole = cross_entropy_excluding(outputs, (batch["labels"], batch["excluded_tokens"]), 7)
-    assert torch.allclose(whole, torch.stack(expected).sum() / 7, atol=1e-4)
-    # What takes no part gets no gradient; where nothing is marked it is the model's own loss.
-    (gradient,) = torch.autograd.grad(whole, logits)
-    for (row, place), other in zip(np.ndindex(4, logits.shape[1] - 1), marked):
-        assert other < 0 or gradient[row, place, other] == 0 != gradient[row, place].abs().sum()
-    nothing = torch.full_like(batch["excluded_tokens"], -1)
-    assert torch.allclose(
-        cross_entropy_excluding(outputs, (batch["labels"], nothing)), model(**rest, labels=batch["labels"]).loss
-    )
+LITTLE = Budget(clip_steps=6, clip_groups=2, pictures=6, pretrain_rows=24, finetune_rows=24, batch_size=4)
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_every_phase_ends_with_the_same_weights(tmp_path, monkeypatch):
+    settings = {"disable_tqdm": True, "dataloader_num_workers": 0, "logging_steps": 2}
+    train_tiny(tmp_path / "whole", LITTLE, **settings)
+    steps, training_step = [], SequentialTrainer.training_step
+
+    def stopped(trainer, *args, **kwargs):
+        steps.append(trainer.state.global_step)
+        # Behind a checkpoint by a step, so that a step is repeated.
+        if len(steps) in (4, 10, 16):
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SequentialTrainer, "training_step", stopped)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train_tiny(tmp_path / "stopped", LITTLE, **settings)
+    train_tiny(tmp_path / "stopped", LITTLE, **settings)
+    assert steps == [0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 0, 1, 2, 3, 4, 5]
+    for phase in ("clip", "pretrain", "finetune", "emma-tiny"):
+        whole, found = (load_file(tmp_path / run / phase / "model.safetensors") for run in ("whole", "stopped"))
+        assert whole.keys() == found.keys()
+        assert all(torch.equal(whole[name], found[name]) for name in whole), phase
+    curves = [
+        [json.loads(line) for line in (tmp_path / run / "curve.jsonl").read_text().splitlines()]
+        for run in ("whole", "stopped")
+    ]
+    for line in (*curves[0], *curves[1]):
+        assert line.pop("seconds") >= 0
+    assert curves[0] == curves[1]
+    assert [(line["phase"], line["step"]) for line in curves[0]] == [
+        (phase, step) for phase in ("clip", "pretrain", "finetune") for step in (1, 2, 4, 6)
+    ]
+    assert [line["step"] for line in curves[0] if "accuracy" in line] == [6]
+    with pytest.raises(EmmaError, match=r"was begun with seed=0: got 1\. Choose another folder"):
+        train_tiny(tmp_path / "whole", LITTLE, seed=1)
 
 
 def test_its_linear_layers_can_be_packed_in_4_bit(untrained):

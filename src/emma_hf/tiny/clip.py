@@ -13,6 +13,7 @@ from ..model.instruction_emma import encode_instruction
 from ..model.processing_emma import EmmaProcessor
 from ..training.checkpoints import IncompleteCheckpointCallback
 from .contrasts import close_up, reshaped, siblings
+from .curve import CurveCallback
 from .drawing import draw
 from .recipe import GROUP, INSTRUCTION, PATCH, SIDE, VISION, Budget, SequentialTrainer, run_phase, training_arguments
 from .rows import CLIP_SEEDS
@@ -106,6 +107,6 @@ def train_clip(folder: Path, processor: EmmaProcessor, budget: Budget, seed: int
         ),
         train_dataset=CaptionedScenes(budget.clip_steps * budget.clip_groups, processor, seed),
         data_collator=collate_groups,
-        callbacks=[IncompleteCheckpointCallback()],
+        callbacks=[IncompleteCheckpointCallback(), CurveCallback(folder.parent / "curve.jsonl", "clip")],
     )
     run_phase(trainer, folder, "nats per image")

@@ -34,7 +34,7 @@ class Budget:
         clip_groups: number of groups in such a step, a scene and others that are like it each.
         pictures: number of images that both stages train on.
         pretrain_rows: number of rows of the first stage, an image and its caption each.
-        finetune_rows: number of rows of the second stage, an image and questions about it each.
+        finetune_rows: number of rows of the second stage, mostly an image and one question about it each.
         batch_size: number of rows in a step of the stages.
         clip_rate: highest learning rate of contrastive learning.
         pretrain_rate: highest learning rate of the first stage.
@@ -44,12 +44,12 @@ class Budget:
     clip_steps: int = 9_000
     clip_groups: int = 8
     pictures: int = 80_000
-    pretrain_rows: int = 6_400
-    finetune_rows: int = 176_000
-    batch_size: int = 32
+    pretrain_rows: int = 12_800
+    finetune_rows: int = 1_280_000
+    batch_size: int = 64
     clip_rate: float = 2e-3
     pretrain_rate: float = 1e-3
-    finetune_rate: float = 2e-3
+    finetune_rate: float = 1.5e-3
 
 
 SMOKE = Budget(
@@ -93,7 +93,7 @@ def training_arguments(
         "adam_beta2": 0.95,
         "logging_steps": max(1, min(50, steps // 6)),
         "logging_first_step": True,
-        "save_steps": max(1, min(500, steps // 3)),
+        "save_steps": max(1, min(100, steps // 3)),
         "save_total_limit": 1,
         "seed": seed,
         "report_to": "none",

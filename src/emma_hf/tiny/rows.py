@@ -28,8 +28,8 @@ CLIP_SEEDS, TRAIN_SEEDS, TEST_SEEDS = 1_000_000_000, 2_000_000_000, 3_000_000_00
 # How often each family is asked: most what needs most questions. Few scenes allow one that compares two things.
 TRAINED_FAMILIES = {
     "same": 12, "told": 6, "alike": 8, "both": 5,
-    "count": 36, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
-    "shape": 7, "existence": 6, "size": 5, "colour": 5,
+    "count": 28, "position": 8, "side": 8, "left": 2, "above": 1, "place": 2, "places": 2,
+    "shape": 9, "existence": 6, "size": 7, "colour": 6,
 }  # fmt: skip
 ASKED_FAMILIES = tuple(family for family, times in TRAINED_FAMILIES.items() for _ in range(times))
 # Shares of the questions with these counts that are kept: few groups of things have three members and more.
@@ -38,12 +38,10 @@ KEPT_COUNTS = {"0": 0.4, "1": 0.5, "2": 0.8}
 EASY_IMAGES, EASY_ROWS = 0.3, 0.25
 # Steps of this share of all images visit each image equally often, and neighboring rows are as different as any two.
 STRIDE = (math.sqrt(5) - 1) / 2
-# Share of the questions with an ending that keep it: it takes a third of their tokens.
-ENDINGS = 0.25
-# Share of captions among the questions, at first and later: they say everything at once, which is worth most at first.
-CAPTIONS_AT_FIRST, CAPTIONS = 0.1, 0.04
-# Largest number of tokens of a row of the second stage.
-ROW_TOKENS = 256
+# Questions of a chat. More would be more that are learned with another question's instruction.
+CHAT_TURNS = 3
+# Images whose V is computed together.
+FEATURE_BATCH = 128
 
 
 class RowKind(Enum):
@@ -51,17 +49,21 @@ class RowKind(Enum):
 
     # The caption alone, in the first stage.
     CAPTION = "caption"
-    # Questions until the row is full, none of which sees another. The answers are what is learned from, and an image
-    # costs more than twenty of them.
-    PACKED = "packed"
-    # One question, as `emma-hf ask` asks it: only here does the answered question always guide the visual tokens.
-    SINGLE = "single"
-    # Questions that see the earlier ones, as in a chat. Answers can be copied from earlier ones, so these are rare.
+    # One question without the ending that asks for a single word, and one with it, which is a third longer.
+    QUESTION = "question"
+    ENDED = "ended"
+    # A question that asks for the caption. Captions say everything at once.
+    DESCRIPTION = "description"
+    # Questions that see the earlier ones. Their answers can be copied from earlier ones, so these rows are rare.
     CHAT = "chat"
 
 
-# The kinds of the second stage take turns, a step each.
-KINDS = (RowKind.CHAT, RowKind.PACKED, RowKind.PACKED, RowKind.PACKED, RowKind.PACKED, RowKind.SINGLE)
+# The kinds of the second stage take turns, a step each: rows of a kind are of similar length, so that few tokens of a
+# step are padding. In all but the chats the question that is learned from is the instruction.
+KINDS = (
+    *(RowKind.QUESTION, RowKind.QUESTION, RowKind.ENDED, RowKind.QUESTION, RowKind.QUESTION, RowKind.DESCRIPTION),
+    *(RowKind.QUESTION, RowKind.QUESTION, RowKind.ENDED, RowKind.QUESTION, RowKind.CHAT, RowKind.DESCRIPTION),
+)
 
 
 def training_scene(index: int, images: int) -> Scene:
@@ -96,9 +98,6 @@ class TinyEmmaDataset(Dataset):
         self.stage, self.features, self.processor = stage, features, processor
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self._encode_question = cache(lambda text, answer: self._encode([Question(text, answer, "")]))
-        # Number of tokens of system turn and image.
-        input_ids, _ = self._encode_question("?" if stage == "finetune" else "", "!")
-        self.start = processor.image_seq_length + input_ids.index(processor.image_token_id)
 
     def __len__(self) -> int:
         return self.rows
@@ -119,46 +118,24 @@ class TinyEmmaDataset(Dataset):
         rng = SeededRandom((self.seed << 40) + index)
         if kind is RowKind.CAPTION:
             return [replace(captioned(scene, rng), text="")]
-        caption_share = CAPTIONS_AT_FIRST if 5 * index < self.rows else CAPTIONS
-        turns: list[Question] = []
-        while not turns or kind is not RowKind.SINGLE:
-            turn = captioned(scene, rng) if rng.bernoulli(caption_share) else _training_question(scene, rng)
-            if len(self._join([*turns, turn], kind)["input_ids"]) > ROW_TOKENS:
-                break
-            turns.append(turn)
-        return turns
+        if kind is RowKind.DESCRIPTION:
+            return [captioned(scene, rng)]
+        count = CHAT_TURNS if kind is RowKind.CHAT else 1
+        return [_training_question(scene, rng, kind is RowKind.ENDED) for _ in range(count)]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        kind, turns = self.kind(index), self.turns(index)
-        row = self._join(turns, kind)
+        turns = self.turns(index)
+        input_ids, labels = self._encode(turns)
         tokenizer = self.processor.instruction_tokenizer
-        instruction = training_instruction(_conversation(turns if kind is RowKind.CHAT else turns[:1]), tokenizer)
+        instruction = training_instruction(_conversation(turns), tokenizer)
         features = torch.from_numpy(self.features[self.image_index(index)].astype(np.float32))
         return {
-            **{name: torch.tensor(values) for name, values in row.items()},
-            "excluded_tokens": torch.tensor(self._exclude(row["labels"], turns)),
+            "input_ids": torch.tensor(input_ids),
+            "labels": torch.tensor(labels),
+            "excluded_tokens": torch.tensor(self._exclude(labels, turns)),
             "vision_features": features[None],
             "instruction_input_ids": torch.tensor([encode_instruction(tokenizer, instruction)]),
         }
-
-    def _join(self, turns: list[Question], kind: RowKind) -> dict[str, list[int]]:
-        """`input_ids`, `labels`, `position_ids` and `segments` of a row.
-
-        Segment 0 is system turn and image, which stand in the row once; the others count the texts that do not see
-        each other.
-        """
-        if kind is RowKind.CHAT:
-            parts = [self._encode(turns)]
-        else:
-            parts = [self._encode_question(turn.text, turn.answer) for turn in turns]
-        row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "segments": []}
-        for number, (input_ids, labels) in enumerate(parts):
-            start = self.start if number else 0
-            row["input_ids"] += input_ids[start:]
-            row["labels"] += labels[start:]
-            row["position_ids"] += range(start, len(input_ids))
-            row["segments"] += [number + 1 if i >= self.start else 0 for i in range(start, len(input_ids))]
-        return row
 
     def _encode(self, turns: list[Question]) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation about the image."""
@@ -189,40 +166,21 @@ class TinyEmmaDataset(Dataset):
         return excluded
 
 
-def _training_question(scene: Scene, rng: SeededRandom) -> Question:
+def _training_question(scene: Scene, rng: SeededRandom, ended: bool) -> Question:
     while True:
         question = ask(scene, rng, rng.choice(ASKED_FAMILIES))
-        kept_share = KEPT_COUNTS.get(question.answer, 1) if question else 0
-        if question and rng.bernoulli(kept_share):
-            return question if rng.bernoulli(ENDINGS) else replace(question, text=question.text.removesuffix(ENDING))
+        if question and rng.bernoulli(KEPT_COUNTS.get(question.answer, 1)):
+            return replace(question, text=question.text.removesuffix(ENDING) + (ENDING if ended else ""))
 
 
-class PackedQuestionsCollator(DataCollator):
-    """Batches of rows that hold several questions, none of which sees another.
-
-    Rows are padded to one of few lengths, so that a compiled model is compiled for these and no more.
-    """
-
-    lengths = (136, ROW_TOKENS)
+class TinyEmmaCollator(DataCollator):
+    """Batches of [`TinyEmmaDataset`]."""
 
     def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(items)
-        longest = batch["input_ids"].shape[1]
-        length = next((length for length in self.lengths if length >= longest), longest)
-
-        def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-            return torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=value) for row in rows])
-
-        batch["input_ids"] = padded(list(batch["input_ids"]), self.pad_token_id)
-        batch["labels"] = padded(list(batch["labels"]), IGNORE_INDEX)
-        batch["excluded_tokens"] = padded([item["excluded_tokens"] for item in items], -1)
-        batch["position_ids"] = padded([item["position_ids"] for item in items], 0)
-        # Segment 0 is visible to all, padding included: a softmax over nothing is not a number.
-        segments = padded([item["segments"] for item in items], -1)
-        visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        visible &= torch.ones(length, length, dtype=torch.bool).tril()
-        batch["attention_mask"] = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
-        return batch
+        """A batch of `DataCollator` with `excluded_tokens` (batch, tokens), -1 where there is none."""
+        excluded = [item["excluded_tokens"] for item in items]
+        padded = torch.nn.utils.rnn.pad_sequence(excluded, batch_first=True, padding_value=-1)
+        return {**super().__call__(items), "excluded_tokens": padded}
 
 
 class TrainingImages(Dataset):
@@ -244,31 +202,36 @@ def vision_features(
 ) -> np.ndarray:
     """V of the first `count` images, float16 (count, visual tokens, width), computed once and kept in a file.
 
-    Each process computes a part.
+    Each process computes a part. Who was stopped goes on where the file is still zero.
     """
     shape = (count, model.config.vision_seq_length, model.config.vision_config.hidden_size)
+    size = 2 * math.prod(shape)
     processes, partial_path = PartialState(), path.with_suffix(".part")
     processes.wait_for_everyone()
-    if not path.is_file() or path.stat().st_size != 2 * np.prod(shape):
-        if processes.is_main_process:
+    if not path.is_file() or path.stat().st_size != size:
+        if processes.is_main_process and not (partial_path.is_file() and partial_path.stat().st_size == size):
             np.memmap(partial_path, np.float16, "w+", shape=shape)
         processes.wait_for_everyone()
         features: np.memmap[Any, Any] = np.memmap(partial_path, np.float16, "r+", shape=shape)
         with processes.split_between_processes(list(range(count))) as part:
-            images = torch.utils.data.Subset(TrainingImages(count, processor), part)
-            start = part[0]
-        for pixels in tqdm(
-            torch.utils.data.DataLoader(images, batch_size=128, num_workers=1),
-            desc="vision features",
-            disable=not processes.is_main_process,
-        ):
-            with torch.no_grad():
-                batch = model.get_vision_features(pixels.to(model.device))
-            features[start : start + len(batch)] = batch.cpu().numpy()
-            start += len(batch)
-        features.flush()
+            _fill_features(features, list(part), TrainingImages(count, processor), model)
         processes.wait_for_everyone()
         if processes.is_main_process:
             partial_path.rename(path)
         processes.wait_for_everyone()
     return np.memmap(path, np.float16, "r", shape=shape)
+
+
+def _fill_features(
+    features: np.memmap, part: list[int], images: TrainingImages, model: EmmaForConditionalGeneration
+) -> None:
+    """Compute V of a part of the images, from the last batch that the file holds: it may be incomplete."""
+    done = sum(bool(features[index, 0].any()) for index in part)
+    part = part[max(0, done // FEATURE_BATCH - 1) * FEATURE_BATCH :]
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, part), batch_size=FEATURE_BATCH, num_workers=1)
+    for number, pixels in enumerate(tqdm(loader, desc="vision features", disable=not PartialState().is_main_process)):
+        with torch.no_grad():
+            batch = model.get_vision_features(pixels.to(model.device))
+        start = part[0] + number * FEATURE_BATCH
+        features[start : start + len(batch)] = batch.cpu().numpy()
+        features.flush()

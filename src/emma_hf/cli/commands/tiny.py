@@ -33,7 +33,6 @@ def add_commands(commands: Any) -> None:
     train.add_argument("output", metavar="OUTPUT", help="folder of all phases")
     train.add_argument("--seed", type=int, default=0, help="seed of the weights and the data (default: 0)")
     train.add_argument("--smoke", action="store_true", help="a few steps of each phase")
-    train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     train.set_defaults(run=_train)
 
     evaluate = parts.add_parser("evaluate", help="ask new questions and count the right answers")
@@ -85,7 +84,7 @@ def _train(args: argparse.Namespace) -> None:
     from ...tiny import train_tiny
     from ...tiny.recipe import SMOKE, Budget
 
-    folder = train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed, args.compile)
+    folder = train_tiny(args.output, SMOKE if args.smoke else Budget(), args.seed)
     print(f"wrote {folder}", file=sys.stderr)
 
 

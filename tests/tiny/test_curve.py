@@ -1,0 +1,74 @@
+"""The curve of a run: its lines, its accuracy without generating, and the time that it says is left."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.evaluation.tasks.answers import is_right
+from emma_hf.tiny import curve
+from emma_hf.tiny.curve import CURVE_SEED, CurveCallback, QuickAccuracy
+from emma_hf.tiny.evaluation import answers, fresh_questions
+from emma_hf.tiny.learner import TinyLearner
+
+
+def test_the_quick_accuracy_is_that_of_generated_answers():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    model = TinyLearner.from_pretrained(EMMA_TINY, dtype=torch.float32)
+    # Weights that are wrong now and then.
+    with torch.no_grad():
+        model.lm_head.weight += 0.02 * torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(0))
+    found = QuickAccuracy(model, processor, count=48)(model.train())
+    assert model.training
+    questions = fresh_questions(48, CURVE_SEED)
+    generating = EmmaForConditionalGeneration(model.config).eval()
+    generating.load_state_dict(model.state_dict())
+    said = answers(generating, processor, [(scene, question.text) for scene, question in questions])
+    right = [is_right(text, question.answer) for text, (_, question) in zip(said, questions)]
+    assert 0.2 < found["all"] < 1
+    assert found["all"] == sum(right) / 48
+    for family in ("count", "same"):
+        mine = [hit for hit, (_, question) in zip(right, questions) if question.family == family]
+        assert found[family] == sum(mine) / 6
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(curve, "time", SimpleNamespace(time=lambda: now.seconds))
+    return now
+
+
+def test_a_run_that_goes_on_takes_back_lines_and_adds_up_its_seconds(tmp_path, clock, capsys):
+    path = tmp_path / "curve.jsonl"
+    path.write_text(json.dumps({"phase": "clip", "step": 9, "seconds": 5}) + "\n")
+    state = SimpleNamespace(global_step=0, max_steps=1100, is_world_process_zero=True)
+
+    def steps(begin: int, end: int, accuracy: float) -> None:
+        callback = CurveCallback(path, "finetune", lambda model: {"all": accuracy})
+        state.global_step = begin
+        callback.on_train_begin(None, state, None)
+        for state.global_step in range(begin + 1, end + 1):
+            clock.seconds += 2
+            callback.on_step_end(None, state, None)
+            if state.global_step % 100 == 0:
+                callback.on_log(None, state, None, logs={"loss": 1 / state.global_step}, model=None)
+        callback.on_log(None, state, None, logs={"train_runtime": 1.0})
+
+    steps(0, 650, accuracy=0.5)
+    steps(400, 1100, accuracy=0.75)
+    clip, *lines = map(json.loads, path.read_text().splitlines())
+    assert clip == {"phase": "clip", "step": 9, "seconds": 5}
+    assert [line["step"] for line in lines] == list(range(100, 1101, 100))
+    # Steps 401 to 650 took time twice, of which the steps up to the last line that stays are known.
+    assert [line["seconds"] for line in lines] == list(range(200, 2201, 200))
+    measured = {line["step"]: line["accuracy"]["all"] for line in lines if "accuracy" in line}
+    assert measured == {500: 0.75, 1000: 0.75, 1100: 0.75}
+    assert lines[-1]["loss"] == 1 / 1100
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said == [
+        "finetune: step 25 of 1100, 2.00 s each; this phase ends in about 0 h 36 min",
+        "finetune: step 425 of 1100, 2.00 s each; this phase ends in about 0 h 22 min",
+    ]
