@@ -142,6 +142,23 @@ def test_what_is_learned_in_other_rows_is_the_answer_to_their_instruction(untrai
     assert seen == {"question": 52, "ended": 12, "description": 12}
 
 
+def test_most_of_what_is_learned_has_its_own_question_as_instruction(untrained):
+    processor, _ = untrained
+    rows = TinyEmmaDataset("finetune", np.zeros((2000, 1, 1), np.float16), processor, 12_000, 10, seed=0)
+    own = every = 0
+    for index in range(0, 12_000, 29):
+        item = rows[index]
+        labels, (instruction,) = item["labels"].tolist(), item["instruction_input_ids"].tolist()
+        ends = [place for place, label in enumerate(labels) if label == processor.tokenizer.eos_token_id]
+        turns = rows.turns(index)
+        assert len(ends) == len(turns)
+        for turn, begin, end in zip(turns, [0, *ends], ends):
+            length = sum(label != -100 for label in labels[begin + 1 : end + 1])
+            every += length
+            own += length * (instruction == encode_instruction(processor.instruction_tokenizer, turn.text))
+    assert 0.9 < own / every < 1
+
+
 def test_rows_of_the_first_stage_are_captions(untrained, features):
     processor, _ = untrained
     captions = TinyEmmaDataset("pretrain", features, processor, 2, batch_size=4, seed=0)

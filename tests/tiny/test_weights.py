@@ -20,10 +20,8 @@ from emma_hf.analysis.counterfactuals import MEAN, OWN, REMOVED, compare_instruc
 from emma_hf.cli import main
 from emma_hf.evaluation.tasks.answers import is_right
 from emma_hf.inference import load_model
-from emma_hf.model.instruction_emma import training_instruction
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.evaluation import answers, fresh_questions, table
-from emma_hf.tiny.rows import RowKind, TinyEmmaDataset, _conversation
 from emma_hf.tiny.scenes import Scene
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -38,7 +36,11 @@ def tiny():
 @pytest.mark.slow
 @pytest.mark.once
 def test_the_card_says_what_the_instruction_does():
-    """Every figure of the section, recomputed: those of the card are of float32 on a CPU."""
+    """Every figure of the section, recomputed: those of the card are of float32 on a CPU.
+
+    But the last: the rows that these weights were trained on, 14% of whose learned tokens have their own question as
+    instruction, are not made any more.
+    """
     section = (EMMA_TINY / "README.md").read_text().split("## What its instruction does")[1].split("\n## ")[0]
     told = [float(number) for number in re.findall(r"([\d.]+)(?:%| to)", section)]
     changed = int(re.search(r"(\d+) of 600 answers change", section).group(1))
@@ -53,28 +55,11 @@ def test_the_card_says_what_the_instruction_does():
     own, mean, removed = (right.pop(name) for name in (OWN, MEAN, REMOVED))
     weights = load_file(EMMA_TINY / "model.safetensors")["model.modality_adaptation.visual_alignment.weight"].float()
     text_share = weights[:, 64:].abs().sum() / weights.abs().sum()
-    expected = [min(right.values()), max(right.values()), own, mean, removed, 100 * text_share, 100 * own_share()]
+    expected = [min(right.values()), max(right.values()), own, mean, removed]
     # One answer of 600 may turn by the rounding of another processor; the last two are told as whole percents.
-    assert told[:5] == pytest.approx(expected[:5], abs=0.2)
-    assert told[5:] == [round(float(value)) for value in expected[5:]]
+    assert told[:5] == pytest.approx(expected, abs=0.2)
+    assert told[5:] == [round(float(100 * text_share)), 14]
     assert abs(max(conditions[name]["changed"]["right"] for name in right) - changed) <= 1
-
-
-def own_share() -> float:
-    """Share of the second stage's trained tokens whose question is the instruction of their row."""
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    tokenizer = processor.instruction_tokenizer
-    dataset = TinyEmmaDataset("finetune", np.zeros((2000, 1, 1)), processor, 176_000, 32, seed=0)
-    own = every = 0
-    for index in range(0, 176_000, 293):
-        turns = dataset.turns(index)
-        chosen = turns if dataset.kind(index) is RowKind.CHAT else turns[:1]
-        instruction = training_instruction(_conversation(chosen), tokenizer)
-        for number, turn in enumerate(turns):
-            length = sum(label >= 0 for label in dataset._encode_question(turn.text, turn.answer)[1])
-            every += length
-            own += length * (number == 0 if chosen != turns else turn.text == instruction)
-    return own / every
 
 
 def test_the_weights_answer_fresh_questions(tiny):
