@@ -338,8 +338,8 @@ def test_the_latest_turn_can_be_the_instruction(processor):
 
 
 def test_words_that_pass_for_a_role_are_the_instruction_of_a_chat(processor):
-    inputs = processor.apply_chat_template([user(picture(), "What does USER: mean?")], tokenize=True, return_dict=True)
-    assert inputs["instruction_input_ids"] == [asked(processor, "What does USER: mean?")]
+    inputs = processor.apply_chat_template([user(picture(), "What does ASSISTANT: mean?")], tokenize=True, return_dict=True)
+    assert inputs["instruction_input_ids"] == [asked(processor, "What does ASSISTANT: mean?")]
 
 
 @pytest.mark.skipif(not TRANSFORMERS_5, reason="4.57 takes the images of the messages alone")
