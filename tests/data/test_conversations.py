@@ -180,6 +180,10 @@ def test_another_placeholder_and_another_end(renamed):
     ids, labels = encode_conversation(renamed, [{"from": role, "value": value} for role, value in texts.items()])
     assert ids.count(renamed.image_token_id) == IMAGE_TOKENS
     assert renamed.tokenizer.decode([token for token in labels if token != IGNORE_INDEX]) == "a <pic> <image><end>"
+    caption = [{"from": "human", "value": "<pic>"}, {"from": "gpt", "value": "a <pic> <image>"}]
+    ids, labels = encode_conversation(renamed, caption, "plain")
+    assert ids.count(renamed.image_token_id) == IMAGE_TOKENS
+    assert renamed.tokenizer.decode([token for token in labels if token != IGNORE_INDEX]) == "a <pic> <image>\n"
 
 
 def test_a_caption_may_spell_out_the_placeholder_and_a_row_without_picture_is_counted(processor):

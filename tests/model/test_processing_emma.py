@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from support.processes import run_python
 from support.recorded import IMAGE_TOKENS, recorded_inputs
-from transformers import ByT5Tokenizer, pipeline, tokenization_utils_base
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, pipeline, tokenization_utils_base
 from transformers.processing_utils import Unpack
 
 from emma_hf import EmmaImageProcessor, EmmaProcessor
@@ -135,19 +137,34 @@ def test_a_piece_between_pictures_is_read_as_a_text_of_its_own(processor, refere
         assert ids[IMAGE_TOKENS:-IMAGE_TOKENS] == plain.encode(piece), repr(piece)
 
 
-def test_a_slow_tokenizer_gives_a_piece_one_span(processor):
+def test_a_slow_tokenizer_gives_a_piece_one_span(processor, monkeypatch):
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", pytest.fail)
     # One id for each byte, 3 above its value.
-    tokenizer = ByT5Tokenizer()
+    tokenizer = ByT5Tokenizer(model_max_length=2)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     slow = EmmaProcessor(processor.image_processor, tokenizer, processor.instruction_tokenizer, image_seq_length=2)
-    ids, spans = slow.encode_prompt("ab<image>c")
-    assert ids == [100, 101, slow.image_token_id, slow.image_token_id, 102, tokenizer.eos_token_id]
-    assert spans == [(0, 2), (0, 2), (2, 9), (2, 9), (9, 10), (10, 10)]
+    ids, spans = slow.encode_prompt("abd<image>c")
+    assert ids == [100, 101, 103, slow.image_token_id, slow.image_token_id, 102, tokenizer.eos_token_id]
+    assert spans == [(0, 3)] * 3 + [(3, 10), (3, 10), (10, 11), (11, 11)]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         slow.encode_prompt(f"a <{PLACEHOLDER_ESCAPE}image>")
     assert str(caught.value) == (
         "A text that holds '<image>' as words needs a fast tokenizer: got ByT5Tokenizer. Load it through AutoTokenizer."
     )
+
+
+def test_a_tokenizer_that_keeps_a_leading_space_gets_none_from_us(processor):
+    words = Tokenizer(WordLevel({"a": 0, " a": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    keeping = EmmaProcessor(processor.image_processor, tokenizer, processor.instruction_tokenizer, image_seq_length=1)
+    assert keeping.encode_prompt(" a<image>a")[0] == [1, 3, 0]
+
+
+def test_the_tokenizer_s_own_settings_hold(processor):
+    set_up = copy.deepcopy(processor)
+    set_up.tokenizer.init_kwargs["max_length"] = 12
+    assert len(set_up(text="a", padding="max_length")["input_ids"][0]) == 12
 
 
 def test_offsets_point_into_the_prompt(processor):
@@ -159,6 +176,11 @@ def test_offsets_point_into_the_prompt(processor):
         if token == 700
     }
     assert spans == {"<image>"}
+    # A piece with a space in front, without another in the place of the image.
+    _, spans = processor.encode_prompt("<image> Who is it?")
+    words = spans[1 + IMAGE_TOKENS :]
+    assert [start for start, _ in words] == [7, *(end for _, end in words[:-1])]
+    assert words[-1][1] == len("<image> Who is it?")
     ends = [end for _, end in inputs["offset_mapping"][0]]
     assert max(ends) == len(prompt)
     assert ends[1:] == sorted(ends[1:])
@@ -188,6 +210,11 @@ def test_return_types(processor, tensors):
 
 def test_pictures_alone_and_words_alone(processor):
     assert set(processor(images=picture(), return_tensors="pt")) == {"pixel_values"}
+    plain = processor(images=picture(), text="<image>", do_normalize=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(
+        plain, processor.image_processor(picture(), do_normalize=False, return_tensors="pt")["pixel_values"]
+    )
+    assert not torch.equal(plain, processor(images=picture(), return_tensors="pt")["pixel_values"])
     both = processor(images=[picture(), picture()], instructions="Who?", return_tensors="pt")
     assert both["instruction_input_ids"].shape == (2, 77)
     assert set(processor(text="hello", return_tensors="pt")) == {"input_ids", "attention_mask"}
@@ -328,17 +355,20 @@ def test_the_latest_turn_can_be_the_instruction(processor):
         processor.tokenizer,
         processor.instruction_tokenizer,
         image_seq_length=16,
+        instruction_length=20,
         instruction_turn="last",
     )
     chat = [user(picture(), "Who?"), {"role": "assistant", "content": "Secret."}, user("And the hat?")]
     inputs = latest.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
-    assert inputs["instruction_input_ids"] == [asked(processor, "And the hat?")]
+    assert inputs["instruction_input_ids"] == [asked(processor, "And the hat?")[:20]]
     prompt = latest.apply_chat_template(chat, add_generation_prompt=True)
-    assert latest(images=picture(), text=prompt)["instruction_input_ids"] == [asked(processor, "And the hat?")]
+    assert latest(images=picture(), text=prompt)["instruction_input_ids"] == inputs["instruction_input_ids"]
 
 
 def test_words_that_pass_for_a_role_are_the_instruction_of_a_chat(processor):
-    inputs = processor.apply_chat_template([user(picture(), "What does ASSISTANT: mean?")], tokenize=True, return_dict=True)
+    inputs = processor.apply_chat_template(
+        [user(picture(), "What does ASSISTANT: mean?")], tokenize=True, return_dict=True
+    )
     assert inputs["instruction_input_ids"] == [asked(processor, "What does ASSISTANT: mean?")]
 
 
@@ -390,12 +420,13 @@ def test_a_placeholder_split_over_two_parts_is_words(processor):
     assert inputs["instruction_input_ids"] == [asked(processor, "a <image> b")]
 
 
-def test_control_tokens_that_transformers_marked_are_words(processor):
+def test_control_tokens_that_transformers_marked_are_words(processor, caplog):
     marked = "USER: <image>\na \U000f0000<image>\U000f0001 b \U000f0000</s>\U000f0001 ASSISTANT:"
     inputs = processor(images=picture(), text=marked, sanitize_control_tokens=True)
     assert inputs["input_ids"][0].count(700) == IMAGE_TOKENS
     assert processor.tokenizer.eos_token_id not in inputs["input_ids"][0]
     assert inputs["instruction_input_ids"] == [asked(processor, "a <image> b </s>")]
+    assert "sanitize_control_tokens" not in caplog.text
 
 
 def test_assistant_tokens_can_be_masked(processor):
@@ -526,12 +557,12 @@ def test_a_prompt_longer_than_the_model_warns_once(processor, tmp_path, monkeypa
     processor.save_pretrained(tmp_path)
     short = EmmaProcessor.from_pretrained(tmp_path)
     short.tokenizer.model_max_length = 20
-    text = "USER: <image>\nWho is it? ASSISTANT:"
+    text = "USER: <image>\nWho is it, and what is it that it does in this place? ASSISTANT:"
     length = len(processor(images=picture(), text=text)["input_ids"][0])
     said = []
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
     short(images=picture(), text=text, verbose=False)
-    short(images=picture(), text=text, max_length=30)
+    short(images=picture(), text=text, max_length=300)
     assert not [text for text in said if "longer than" in text]
     short(images=[picture()] * 2, text=[text, text])
     short(images=picture(), text=text)
@@ -668,7 +699,7 @@ def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Pass `text`, `images` or both: got neither"),
+        ({}, "^Pass `text`, `images` or both: got neither.$"),
         ({"text": 3}, "`text` must be a string or a list of at least one string: got int"),
         ({"text": []}, "at least one string"),
         ({"text": ["a", 3]}, r"got \['str', 'int'\]"),
@@ -689,6 +720,7 @@ def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
             "prompt 0 holds 1 placeholders and comes with 2 images",
         ),
         ({"text": ["<image>"], "images": [[picture()], [picture()]]}, "got 2 lists and 1 prompts"),
+        ({"text": ["<image>"] * 2, "images": [[picture()] * 2]}, "got 1 lists and 2 prompts"),
         ({"text": "<image>", "images": picture(), "instructions": ["a", "b"]}, "prompt 0 has 1 images and 2 instructions"),
         ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"]}, "one entry per prompt: got 1 for 2"),
         ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"] * 3}, "one entry per prompt: got 3 for 2"),

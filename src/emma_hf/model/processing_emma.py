@@ -173,7 +173,7 @@ class EmmaProcessor(ProcessorMixin):
         rows = self._resolve_instructions(instructions, prompts, counts)
         if images:
             data["pixel_values"] = self.image_processor.encode_each(images, **images_kwargs)
-        if rows and (images or instructions is not None):
+        if rows:
             ids = [encode_instruction(self.instruction_tokenizer, row, self.instruction_length) for row in rows]
             data["instruction_input_ids"] = torch.tensor(ids)
         batch = as_batch(data, return_tensors)
@@ -197,9 +197,7 @@ class EmmaProcessor(ProcessorMixin):
                 raise EmmaError(f"EMMA reads text and images: got `{name}`. Pass frames of a video as `images`.")
         # The marks of `sanitize_control_tokens` are understood wherever they stand.
         kwargs.pop("sanitize_control_tokens", None)
-        merged = self._merge_kwargs(
-            ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs if self.tokenizer else {}, **kwargs
-        )
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
         text_kwargs.update({name: merged[name] for name in PROMPT_KWARGS if name in merged})
