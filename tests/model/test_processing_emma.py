@@ -140,12 +140,12 @@ def test_a_piece_between_pictures_is_read_as_a_text_of_its_own(processor, refere
 def test_a_slow_tokenizer_gives_a_piece_one_span(processor, monkeypatch):
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", pytest.fail)
     # One id for each byte, 3 above its value.
-    tokenizer = ByT5Tokenizer(model_max_length=2)
+    tokenizer = ByT5Tokenizer(model_max_length=3)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     slow = EmmaProcessor(processor.image_processor, tokenizer, processor.instruction_tokenizer, image_seq_length=2)
-    ids, spans = slow.encode_prompt("abd<image>c")
-    assert ids == [100, 101, 103, slow.image_token_id, slow.image_token_id, 102, tokenizer.eos_token_id]
-    assert spans == [(0, 3)] * 3 + [(3, 10), (3, 10), (10, 11), (11, 11)]
+    ids, spans = slow.encode_prompt("abde<image>c")
+    assert ids == [100, 101, 103, 104, slow.image_token_id, slow.image_token_id, 102, tokenizer.eos_token_id]
+    assert spans == [(0, 4)] * 4 + [(4, 11), (4, 11), (11, 12), (12, 12)]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         slow.encode_prompt(f"a <{PLACEHOLDER_ESCAPE}image>")
     assert str(caught.value) == (
@@ -721,7 +721,7 @@ def test_a_folder_without_the_second_tokenizer_is_refused(converted, tmp_path):
         ),
         ({"text": ["<image>"], "images": [[picture()], [picture()]]}, "got 2 lists and 1 prompts"),
         ({"text": ["<image>"] * 2, "images": [[picture()] * 2]}, "got 1 lists and 2 prompts"),
-        ({"text": "<image>", "images": picture(), "instructions": ["a", "b"]}, "prompt 0 has 1 images and 2 instructions"),
+        ({"text": "<image>", "images": picture(), "instructions": ["a", "b"]}, "^Each image .*: prompt 0 has 1 images and 2 instructions. Pass one string per image, or one string for all.$"),
         ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"]}, "one entry per prompt: got 1 for 2"),
         ({"text": ["<image>"] * 2, "images": [picture()] * 2, "instructions": ["a"] * 3}, "one entry per prompt: got 3 for 2"),
         ({"text": "<image>", "images": picture(), "instructions": 3}, "list of lists of strings: got int"),
@@ -746,7 +746,9 @@ def test_the_keywords_of_a_call_are_typed():
 
 def test_parts_in_the_wrong_place_are_named(processor):
     parts = processor.image_processor, processor.tokenizer, processor.instruction_tokenizer
-    with pytest.raises(ValueError, match=r"`instruction_tokenizer` must be CLIP's"):
+    with pytest.raises(
+        ValueError, match=rf"^`instruction_tokenizer` must be CLIP's.*: got {type(parts[1]).__name__}. In a"
+    ):
         EmmaProcessor(parts[0], parts[1], parts[1], image_seq_length=16)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         EmmaProcessor(parts[0], parts[2], parts[2], image_seq_length=16)
