@@ -391,7 +391,7 @@ def test_the_answer_never_becomes_the_training_instruction(tokenizer):
         [answer, question, answer],
     ):
         assert "reason" in training_instruction(row, tokenizer)
-    with pytest.raises(ValueError, match=r"needs a user turn.*got \['gpt'\]"):
+    with pytest.raises(ValueError, match=r"^A training row needs a user turn.*got \['gpt'\]"):
         training_instruction([answer], tokenizer)
 
 

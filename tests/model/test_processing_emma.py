@@ -226,7 +226,7 @@ def test_pictures_alone_and_words_alone(processor):
         ("a", ["a", "a", "a"]),
         (["a", "b"], ["a", "b", "b"]),
         ([["a"], ["b", "c"]], ["a", "b", "c"]),
-        (["a", ["b", "c"]], ["a", "b", "c"]),
+        (["who", ["b", "c"]], ["who", "b", "c"]),
     ],
 )
 def test_instructions_of_two_prompts(processor, instructions, expected):
@@ -449,7 +449,7 @@ def test_other_roles_are_refused(processor):
         ([], r"list of at least one message.*got '\[\]'"),
         ([[]], "list of at least one message"),
         ([[user("Hi")], []], "list of at least one message"),
-        ("hi", "list of at least one message.*got 'hi'"),
+        ("hi", "^A conversation must be a list of at least one message.*got 'hi'"),
         (None, "list of at least one message.*got 'None'"),
         (user("Hi"), "list of at least one message"),
         (["hi"], "needs a `role`.*got 'hi'"),
