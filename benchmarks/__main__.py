@@ -26,6 +26,7 @@ PARTS = {
     "command_line": "help, versions and wrong arguments of the command",
     "quantization": "memory, answers and speed in 4 and 8 bits",
     "convert": "peak memory and time of the converter",
+    "released_geometry": "the released model's size: converting, loading, answering, and fewer visual tokens",
 }
 
 

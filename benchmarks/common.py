@@ -63,10 +63,15 @@ def build_pair(
     torch.set_default_dtype(dtype)
     with torch.device(device):
         emma = EmmaForConditionalGeneration(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return emma, llava_of(emma)
+
+
+def llava_of(emma: EmmaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """Transformers' LLaVA that shares all modules that it has in common with an EMMA; neither stops at a token."""
     # All of LLaVA's own weights are replaced: on the meta device they take no memory.
     with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(llava_config(config)).eval()
-    torch.set_default_dtype(torch.float32)
+        llava = LlavaForConditionalGeneration(llava_config(emma.config)).eval()
     llava.model.vision_tower = emma.model.vision_tower
     llava.model.language_model, llava.lm_head = emma.model.language_model, emma.lm_head
     for name in ("linear_1", "linear_2"):
@@ -74,7 +79,7 @@ def build_pair(
     for model in (emma, llava):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-    return emma, llava
+    return llava
 
 
 def random_batch(rows: int, words: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

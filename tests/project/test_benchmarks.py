@@ -147,3 +147,27 @@ def test_what_is_compared_with_llava_agrees_with_it(part, arguments, ratios, tmp
     for table, column in ratios.items():
         assert tables[table]
         assert all(row[column][0] > 0 for row in tables[table])
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_the_released_geometry_is_measured_at_any_size(tmp_path):
+    size = ["--size", "45m", "--layers", "1", "--towers", "small", "--vocabulary", "700", "--visual-tokens", "16", "4"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "released_geometry.py"),
+        "--runs",
+        "2",
+        "--output",
+        str(tmp_path),
+        *size,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((tmp_path / "released_geometry.json").read_text())["tables"]
+    (parts,) = (rows for name, rows in tables.items() if name.startswith("A checkpoint of"))
+    assert all(row["time, s"] > 0 for row in parts)
+    whole, fewer, llava = tables["Visual tokens"]
+    assert whole["prompt, tokens"] == llava["prompt, tokens"] == fewer["prompt, tokens"] + 12
+    # A layer's keys and values: 512 numbers each, of two bytes.
+    assert fewer["cache, MB"] == fewer["prompt, tokens"] * 2 * 512 * 2 / 1e6
