@@ -22,6 +22,7 @@ PARTS = {
     "training": "a training step against LLaVA's, its peak memory, and the data path",
     "liger": "a training step with Liger's kernels against the plain one (CUDA)",
     "processor": "the image processor against LLaVA's",
+    "vision_options": "where the vision path's time goes on a CPU, and what options gain",
     "first_answer": "loading emma-tiny and one answer",
     "command_line": "help, versions and wrong arguments of the command",
     "quantization": "memory, answers and speed in 4 and 8 bits",

@@ -149,6 +149,14 @@ def test_what_is_compared_with_llava_agrees_with_it(part, arguments, ratios, tmp
         assert all(row[column][0] > 0 for row in tables[table])
 
 
+def test_operations_have_a_kind(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from vision_options import kind_of
+
+    names = ["aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::native_layer_norm", "aten::cat"]
+    assert list(map(kind_of, names)) == ["linear layers", "attention", "norms", "everything else"]
+
+
 @pytest.mark.once
 @pytest.mark.slow
 def test_the_released_geometry_is_measured_at_any_size(tmp_path):
