@@ -123,16 +123,39 @@ def test_visual_tokens_are_means_over_squares_of_the_grid():
     assert torch.allclose(pooled[0], torch.stack(expected), atol=1e-5)
 
 
+def test_a_narrow_token_keeps_the_principal_components():
+    model, _ = build("C", tokens=1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(40, 1, 4, generator=generator) @ torch.randn(4, 192, generator=generator) + 3
+    model.narrow_tokens(4, tokens)
+    # Four numbers hold what varies in four directions; fewer hold the part that an independent computation gives.
+    torch.testing.assert_close(model.narrow(tokens), tokens, atol=1e-4, rtol=1e-4)
+    model.narrow_tokens(2, tokens)
+    centered = (tokens - tokens.mean(0))[:, 0]
+    _, vectors = torch.linalg.eigh(centered.T @ centered)
+    kept = vectors[:, -2:] @ vectors[:, -2:].T
+    torch.testing.assert_close(model.narrow(tokens)[:, 0] - tokens.mean(0), centered @ kept, atol=1e-3, rtol=1e-3)
+    assert {name for name, each in model.narrow.named_parameters() if each.requires_grad} == {
+        "0.weight", "0.bias", "1.weight", "1.bias",
+    }  # fmt: skip
+    for width in (0, 193):
+        with pytest.raises(ValueError, match=f"has 192 numbers, of which 1 or more are left: got {width}"):
+            model.narrow_tokens(width, tokens)
+
+
 def test_a_row_has_a_name():
     row = Row("C", 4, 6, 3, 2.0)
     assert row.name == "C-k4-d6-s3-r2"
     assert Row.parse(row.name) == row
+    narrow = Row("G", 1, 6, 0, 1.0, 16)
+    assert narrow.name == "G-k1-d6-s0-r1-w16"
+    assert Row.parse(narrow.name) == narrow
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("C4", "written ARM-kTOKENS-dDEPTH-sSEED-rRATE, such as C-k4-d6-s0-r1: got 'C4'"),
+        ("C4", "written ARM-kTOKENS-dDEPTH-sSEED-rRATE and may end in -wWIDTH, such as C-k4-d6-s0-r1: got 'C4'"),
         ("Z-k4-d6-s0-r1", "one of A, B, C, D, E, F, G: got 'Z'"),
     ],
 )

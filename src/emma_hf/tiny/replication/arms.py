@@ -47,7 +47,7 @@ ARMS = {
     "F": Arm("question before the picture", question_first=True),
     "G": Arm("FiLM, an upper bound that is not EMMA", mixing=True, film=True),
 }
-_ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)")
+_ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)(?:-w(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Row:
         depth: layers of the language model.
         seed: of the order of questions, which all arms share.
         rate: learning rate of the text weights, in units of that of all others.
+        width: numbers that a visual token has on its way to the language model. Default: all.
 
     Raises:
         EmmaError: an arm that does not exist.
@@ -70,6 +71,7 @@ class Row:
     depth: int = 6
     seed: int = 0
     rate: float = 1.0
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -77,8 +79,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Such as `C-k4-d6-s0-r1`, which [`Row.parse`] reads."""
-        return f"{self.arm}-k{self.tokens}-d{self.depth}-s{self.seed}-r{self.rate:g}"
+        """Such as `C-k4-d6-s0-r1` or `C-k1-d6-s0-r1-w16`, which [`Row.parse`] reads."""
+        width = "" if self.width is None else f"-w{self.width}"
+        return f"{self.arm}-k{self.tokens}-d{self.depth}-s{self.seed}-r{self.rate:g}{width}"
 
     @classmethod
     def parse(cls, name: str) -> "Row":
@@ -90,11 +93,11 @@ class Row:
         match = _ROW.fullmatch(name)
         if match is None:
             raise EmmaError(
-                "A row of the replication is written ARM-kTOKENS-dDEPTH-sSEED-rRATE, such as C-k4-d6-s0-r1: got "
-                f"{name!r}."
+                "A row of the replication is written ARM-kTOKENS-dDEPTH-sSEED-rRATE and may end in -wWIDTH, such as "
+                f"C-k4-d6-s0-r1: got {name!r}."
             )
-        arm, tokens, depth, seed, rate = match.groups()
-        return cls(arm, int(tokens), int(depth), int(seed), float(rate))
+        arm, tokens, depth, seed, rate, width = match.groups()
+        return cls(arm, int(tokens), int(depth), int(seed), float(rate), width and int(width))
 
 
 class ReplicationModel(nn.Module):
@@ -142,7 +145,30 @@ class ReplicationModel(nn.Module):
             self.film = nn.Linear(config.instruction_config.hidden_size, 2 * hidden)
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
+        self.narrow: nn.Module = nn.Identity()
         self.train(False)
+
+    @torch.no_grad()
+    def narrow_tokens(self, width: int, images: torch.Tensor) -> None:
+        """Let each visual token pass through `width` numbers, at first the principal components of `images`.
+
+        Args:
+            width: at least 1 and at most the text width.
+            images: a result of [`image_features`], (images, K, text width).
+
+        Raises:
+            EmmaError: a width that does not exist.
+        """
+        tokens = images.flatten(0, 1)
+        if not 1 <= width <= tokens.shape[-1]:
+            raise EmmaError(f"A visual token has {tokens.shape[-1]} numbers, of which 1 or more are left: got {width}.")
+        mean = tokens.mean(0)
+        directions = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:width]
+        self.narrow = nn.Sequential(nn.Linear(len(mean), width), nn.Linear(width, len(mean)))
+        self.narrow[0].weight.copy_(directions)
+        self.narrow[0].bias.copy_(-directions @ mean)
+        self.narrow[1].weight.copy_(directions.T)
+        self.narrow[1].bias.copy_(mean)
 
     def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
         """Parameters that are trained, for an optimizer: the text weights at `text_rate` times the rate."""
@@ -195,7 +221,7 @@ class ReplicationModel(nn.Module):
         features = projector.linear_2(projector.act(self.hidden(vision_features, instruction_features, ends)))
         block = self.side // self.pooled_side
         grid = features.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
-        return grid.mean(dim=(2, 4)).flatten(1, 2)
+        return self.narrow(grid.mean(dim=(2, 4)).flatten(1, 2))
 
     def forward(
         self,

@@ -137,6 +137,8 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
     tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
     images = vision_features(tiny, processor, budget.images, work / f"vision_features-{budget.images}.f16")
     model = ReplicationModel(tiny, row, mean_text_term(tiny, processor, budget))
+    if row.width is not None:
+        model.narrow_tokens(row.width, _features_at_the_start(model, tiny, images, processor))
     training = _training_rows(row.seed, budget, processor, work)
     losses = _train(model, tiny, row, training, images, budget, processor)
     trained = time.time()
@@ -153,6 +155,15 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
         "loss": losses,
         **result,
     }
+
+
+def _features_at_the_start(
+    model: ReplicationModel, tiny: EmmaForConditionalGeneration, images: np.ndarray, processor: EmmaProcessor
+) -> torch.Tensor:
+    """Z of some training images, (images, K, text width). At the start no arm reads what an instruction says."""
+    vision = torch.from_numpy(images[:MEASURED_QUESTIONS].astype(np.float32))
+    ids = torch.tensor([instruction_ids(CONSTANT_INSTRUCTION, processor)] * len(vision))
+    return model.image_features(vision, *_read(model, tiny, ids, processor)).detach()
 
 
 def mean_text_term(
