@@ -108,7 +108,7 @@ def test_an_arm_trains_what_the_table_says(arm):
     assert not any(parameter.requires_grad for parameter in tiny.model.instruction_encoder.parameters())
     groups = model.parameter_groups(1e-3, 2.0)
     assert sum(len(group["params"]) for group in groups) == sum(each.requires_grad for each in model.parameters())
-    assert [group["lr"] for group in groups] == ([1e-3, 2e-3] if ARMS[arm].text else [1e-3])
+    assert [group["lr"] for group in groups] == ([1e-3, 2e-3] if ARMS[arm].text or ARMS[arm].film else [1e-3])
 
 
 def test_visual_tokens_are_means_over_squares_of_the_grid():

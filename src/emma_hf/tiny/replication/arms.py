@@ -51,6 +51,26 @@ _ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)(?:-w(\d+))?")
 
 
 @dataclass(frozen=True)
+class Task:
+    """What the language model gets of an image, and how deep it is.
+
+    Args:
+        tokens: visual tokens, as in [`Row`].
+        width: numbers that a visual token has on its way to the language model. Default: all.
+        depth: layers.
+    """
+
+    tokens: int
+    width: int | None = None
+    depth: int = 6
+
+    def __str__(self) -> str:
+        tokens = f"{self.tokens} token{'s' * (self.tokens > 1)}"
+        width = "" if self.width is None else f" of {self.width} numbers"
+        return f"{tokens}{width}" + ("" if self.depth == 6 else f", {self.depth} layers")
+
+
+@dataclass(frozen=True)
 class Row:
     """One training run of the table.
 
@@ -59,7 +79,7 @@ class Row:
         tokens: visual tokens that the language model gets, K: a square number whose root divides the grid's side.
         depth: layers of the language model.
         seed: of the order of questions, which all arms share.
-        rate: learning rate of the text weights, in units of that of all others.
+        rate: learning rate of what reads the instruction, in units of that of all others.
         width: numbers that a visual token has on its way to the language model. Default: all.
 
     Raises:
@@ -82,6 +102,11 @@ class Row:
         """Such as `C-k4-d6-s0-r1` or `C-k1-d6-s0-r1-w16`, which [`Row.parse`] reads."""
         width = "" if self.width is None else f"-w{self.width}"
         return f"{self.arm}-k{self.tokens}-d{self.depth}-s{self.seed}-r{self.rate:g}{width}"
+
+    @property
+    def task(self) -> Task:
+        """What all arms have in common."""
+        return Task(self.tokens, self.width, self.depth)
 
     @classmethod
     def parse(cls, name: str) -> "Row":
@@ -145,8 +170,20 @@ class ReplicationModel(nn.Module):
             self.film = nn.Linear(config.instruction_config.hidden_size, 2 * hidden)
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
+            self.film_mean, self.film_scale = torch.zeros(()), torch.ones(())
         self.narrow: nn.Module = nn.Identity()
         self.train(False)
+
+    def standardize_film(self, end_tokens: torch.Tensor) -> None:
+        """Let FiLM read end tokens in units of their spread over questions, around their mean.
+
+        As they are, nine tenths of their norm is the same for all questions, and a step of the optimizer moves the gain
+        of all by 1: the upper bound would be one of its own training.
+
+        Args:
+            end_tokens: H at the end tokens of some questions, (questions, instruction width).
+        """
+        self.film_mean, self.film_scale = end_tokens.mean(0), end_tokens.std(0)
 
     @torch.no_grad()
     def narrow_tokens(self, width: int, images: torch.Tensor) -> None:
@@ -171,12 +208,13 @@ class ReplicationModel(nn.Module):
         self.narrow[1].bias.copy_(mean)
 
     def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
-        """Parameters that are trained, for an optimizer: the text weights at `text_rate` times the rate."""
-        text = [self.text_weight, *self.instruction_projection.parameters()] if self.arm.text else []
-        known = {id(parameter) for parameter in text}
+        """Parameters that are trained, for an optimizer: what reads the instruction at `text_rate` times the rate."""
+        readers = [self.text_weight, *self.instruction_projection.parameters()] if self.arm.text else []
+        readers += self.film.parameters() if self.arm.film else []
+        known = {id(parameter) for parameter in readers}
         others = [each for each in self.parameters() if each.requires_grad and id(each) not in known]
         groups = [{"params": others, "lr": learning_rate}]
-        return [*groups, {"params": text, "lr": text_rate * learning_rate}] if text else groups
+        return [*groups, {"params": readers, "lr": text_rate * learning_rate}] if readers else groups
 
     def text_term(self, instruction_features: torch.Tensor) -> torch.Tensor:
         """`Wt P`, (images, visual tokens, vision width), of H (images, instruction tokens, instruction width)."""
@@ -200,6 +238,7 @@ class ReplicationModel(nn.Module):
         hidden = self.projector.linear_1(self.fused(vision_features, instruction_features))
         if self.arm.film:
             end_tokens = instruction_features[torch.arange(len(ends)), ends]
+            end_tokens = (end_tokens - self.film_mean) / self.film_scale
             gain, shift = self.film(end_tokens)[:, None].chunk(2, dim=-1)
             hidden = hidden * (1 + gain) + shift
         return hidden
@@ -253,4 +292,4 @@ class ReplicationModel(nn.Module):
         return self.lm_head(outputs.last_hidden_state)
 
 
-__all__ = ["ARMS", "CONSTANT_INSTRUCTION", "Arm", "ReplicationModel", "Row"]
+__all__ = ["ARMS", "CONSTANT_INSTRUCTION", "Arm", "ReplicationModel", "Row", "Task"]

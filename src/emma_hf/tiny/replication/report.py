@@ -10,7 +10,7 @@ import numpy as np
 from ...model.errors_emma import EmmaError
 from ...training.plots import figure_class
 from ..questions import FAMILIES
-from .arms import ARMS
+from .arms import ARMS, Row, Task
 from .questions import SMALLEST, questions_of_test
 from .running import read_results
 
@@ -29,13 +29,13 @@ class Comparison:
     Args:
         first: arm and instruction at test of what is expected to be better.
         second: those of the other.
-        tokens: visual tokens.
+        task: what both have in common.
         primary: whether it was named as primary before the runs.
     """
 
     first: tuple[str, str]
     second: tuple[str, str]
-    tokens: int
+    task: Task
     primary: bool = False
 
     @property
@@ -45,15 +45,16 @@ class Comparison:
 
 
 # Written down before any row was run.
+FEW, ALL = Task(4), Task(64)
 COMPARISONS = (
-    Comparison(("C", "as trained"), ("D", "as trained"), 4, primary=True),
-    Comparison(("C", "as trained"), ("E", "as trained"), 4, primary=True),
+    Comparison(("C", "as trained"), ("D", "as trained"), FEW, primary=True),
+    Comparison(("C", "as trained"), ("E", "as trained"), FEW, primary=True),
     *(
-        Comparison(("C", "as trained"), second, tokens)
-        for tokens in (4, 64)
+        Comparison(("C", "as trained"), second, task)
+        for task in (FEW, ALL)
         for second in (("B", "as trained"), ("A", "as trained"), ("C", "swapped"))
     ),
-    Comparison(("C", "as trained"), ("E", "as trained"), 64),
+    Comparison(("C", "as trained"), ("E", "as trained"), ALL),
 )
 
 
@@ -66,9 +67,7 @@ def compare(results: Sequence[dict[str, Any]], comparison: Comparison) -> dict[s
         `difference`, `low` and `high` in points, `p` (two-sided), `seeds`, `questions`, and `effect`, the difference in
         units of its standard deviation over seeds (not a number without one).
     """
-    hits = [
-        _hits_by_seed(results, *condition, comparison.tokens) for condition in (comparison.first, comparison.second)
-    ]
+    hits = [_hits_by_seed(results, *condition, comparison.task) for condition in (comparison.first, comparison.second)]
     seeds = sorted(set(hits[0]) & set(hits[1]))
     if not seeds:
         return None
@@ -135,20 +134,24 @@ def write_report(results_path: str | Path, folder: str | Path) -> str:
     return text
 
 
-def _hits_by_seed(results: Iterable[dict[str, Any]], arm: str, test: str, tokens: int) -> dict[int, np.ndarray]:
-    """Whether each question is right, by seed, of the rows of full depth and equal rates."""
+def _row_of(line: dict[str, Any]) -> Row:
+    return Row.parse(line["row"])
+
+
+def _hits_by_seed(results: Iterable[dict[str, Any]], arm: str, test: str, task: Task) -> dict[int, np.ndarray]:
+    """Whether each question is right, by seed, of the rows whose text weights have the rate of all others."""
     return {
         line["seed"]: np.array([digit == "1" for digit in line["hits"][test]])
         for line in results
-        if (line["arm"], line["tokens"], line["depth"], line["rate"]) == (arm, tokens, 6, 1.0) and test in line["hits"]
+        if (line["arm"], line["rate"], _row_of(line).task) == (arm, 1.0, task) and test in line["hits"]
     }
 
 
-def _groups(results: Iterable[dict[str, Any]]) -> dict[tuple[int, int, str, float], list[dict[str, Any]]]:
-    """Lines by tokens, depth, arm and rate."""
-    groups: dict[tuple[int, int, str, float], list[dict[str, Any]]] = {}
-    for line in sorted(results, key=lambda line: (line["tokens"], line["depth"], line["arm"], line["rate"])):
-        groups.setdefault((line["tokens"], line["depth"], line["arm"], line["rate"]), []).append(line)
+def _groups(results: Iterable[dict[str, Any]]) -> dict[tuple[Task, str, float], list[dict[str, Any]]]:
+    """Lines by task, arm and rate; the narrowest tasks first."""
+    groups: dict[tuple[Task, str, float], list[dict[str, Any]]] = {}
+    for line in sorted(results, key=lambda line: (line["tokens"], line["depth"], line["width"] or 0, line["row"])):
+        groups.setdefault((_row_of(line).task, line["arm"], line["rate"]), []).append(line)
     return groups
 
 
@@ -161,11 +164,11 @@ def _mean(lines: Sequence[dict[str, Any]], test: str, family: str = "all") -> st
 
 def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| tokens | layers | arm | rate of text | seeds | as trained | own | swapped | empty | images all right "
+        "| task | arm | rate of text | seeds | as trained | own | swapped | empty | images all right "
         "| smallest thing | gate index | question's share of F | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (tokens, depth, arm, rate), group in _groups(results).items():
+    for (task, arm, rate), group in _groups(results).items():
         whole, smallest = (
             100 * np.mean([line[name]["share"] for line in group]) for name in ("images_right", "smallest")
         )
@@ -173,7 +176,7 @@ def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
         minutes = np.mean([line["seconds"]["training"] for line in group]) / 60
         tests = " | ".join(_mean(group, test) for test in ("as trained", "own", "swapped", "empty"))
         lines.append(
-            f"| {tokens} | {depth} | {arm}: {ARMS[arm].title} | {rate:g} | {len(group)} | {tests} | {whole:.1f} "
+            f"| {task} | {arm}: {ARMS[arm].title} | {rate:g} | {len(group)} | {tests} | {whole:.1f} "
             f"| {smallest:.1f} | {gates:.2f}% | {share:.1f}% | {minutes:.1f} |"
         )
     return "\n".join(lines) + "\n"
@@ -184,13 +187,13 @@ def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
     present = [(comparison, figures) for comparison, figures in found if figures is not None]
     adjusted = holm([figures["p"] for _, figures in present])
     lines = [
-        "| comparison | tokens | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
+        "| comparison | task | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
         "|---|---|---|---|---|---|---|",
     ]
     for (comparison, figures), p in zip(present, adjusted):
         name = f"**{comparison.name}** (primary)" if comparison.primary else comparison.name
         lines.append(
-            f"| {name} | {comparison.tokens} | {figures['seeds']} | {figures['difference']:+.1f} "
+            f"| {name} | {comparison.task} | {figures['seeds']} | {figures['difference']:+.1f} "
             f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {figures['effect']:.1f} "
             f"| {figures['p']:.4f} | {p:.4f} |"
         )
@@ -198,31 +201,31 @@ def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_families(results: Sequence[dict[str, Any]]) -> str:
-    lines = [f"| tokens | layers | arm | rate of text | {' | '.join(FAMILIES)} |", "|---" * (4 + len(FAMILIES)) + "|"]
-    for (tokens, depth, arm, rate), group in _groups(results).items():
+    lines = [f"| task | arm | rate of text | {' | '.join(FAMILIES)} |", "|---" * (3 + len(FAMILIES)) + "|"]
+    for (task, arm, rate), group in _groups(results).items():
         cells = " | ".join(_mean(group, "as trained", family) for family in FAMILIES)
-        lines.append(f"| {tokens} | {depth} | {arm} | {rate:g} | {cells} |")
+        lines.append(f"| {task} | {arm} | {rate:g} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
 def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy of every arm, a point for each seed and their mean as a line, a panel for each number of tokens."""
-    groups = {key: group for key, group in _groups(results).items() if key[3] == 1.0}
-    panels = sorted({(tokens, depth) for tokens, depth, _, _ in groups})
+    """Accuracy of every arm, a point for each seed and their mean as a line, a panel for each task."""
+    groups = {key: group for key, group in _groups(results).items() if key[2] == 1.0}
+    panels = list(dict.fromkeys(task for task, _, _ in groups))
     figure = figure_class()(figsize=(2 + 3.6 * len(panels), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
-    for panel, (tokens, depth) in zip(axes, panels):
-        arms = [arm for arm in ARMS if (tokens, depth, arm, 1.0) in groups]
+    for panel, task in zip(axes, panels):
+        arms = [arm for arm in ARMS if (task, arm, 1.0) in groups]
         for place, arm in enumerate(arms):
-            values = [100 * line["accuracy"]["as trained"]["all"]["share"] for line in groups[tokens, depth, arm, 1.0]]
+            values = [100 * line["accuracy"]["as trained"]["all"]["share"] for line in groups[task, arm, 1.0]]
             panel.plot([place] * len(values), values, "o", color=COLORS[arm], markersize=5)
             panel.hlines(np.mean(values), place - 0.3, place + 0.3, color=COLORS[arm], linewidth=2.5)
         panel.set_xticks(range(len(arms)), arms)
-        panel.set_title(f"{tokens} visual tokens, {depth} layers")
+        panel.set_title(str(task))
         panel.grid(axis="y", alpha=0.3)
         panel.margins(x=0.15)
     axes[0].set_ylabel("right answers in % (the axis does not begin at 0)")
-    shown = sorted({arm for _, _, arm, _ in groups})
+    shown = sorted({arm for _, arm, _ in groups})
     figure.supxlabel("\n".join(f"{arm}: {ARMS[arm].title}" for arm in shown), fontsize=8, x=0.02, ha="left")
     figure.suptitle("Accuracy of each arm: a point for each seed, a line for their mean")
     figure.savefig(path, dpi=150)
@@ -239,7 +242,7 @@ def _plot_instruction(results: Sequence[dict[str, Any]], path: Path) -> None:
         color = COLORS["C"] if comparison.primary else COLORS["F"]
         axes.hlines(place, figures["low"], figures["high"], color=color, linewidth=2.5)
         axes.plot(figures["difference"], place, "o", color=color)
-    labels = [f"{each.name}, {each.tokens} tokens{' (primary)' * each.primary}" for each, _ in reversed(present)]
+    labels = [f"{each.name}, {each.task}{' (primary)' * each.primary}" for each, _ in reversed(present)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("difference in points, with its 95% interval over seeds and images")
     axes.set_title("What the instruction is worth: EMMA (C) against its controls")

@@ -137,6 +137,9 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
     tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
     images = vision_features(tiny, processor, budget.images, work / f"vision_features-{budget.images}.f16")
     model = ReplicationModel(tiny, row, mean_text_term(tiny, processor, budget))
+    if model.arm.film:
+        features, ends = _read(model, tiny, _some_instructions(processor, budget), processor)
+        model.standardize_film(features[torch.arange(len(ends)), ends])
     if row.width is not None:
         model.narrow_tokens(row.width, _features_at_the_start(model, tiny, images, processor))
     training = _training_rows(row.seed, budget, processor, work)
@@ -166,17 +169,22 @@ def _features_at_the_start(
     return model.image_features(vision, *_read(model, tiny, ids, processor)).detach()
 
 
-def mean_text_term(
-    tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, budget: ReplicationBudget
-) -> torch.Tensor:
-    """Mean of `Wt P` over training questions, (visual tokens, vision width): what the arms' offset begins with."""
+def _some_instructions(processor: EmmaProcessor, budget: ReplicationBudget) -> torch.Tensor:
+    """Ids of training questions, (questions, instruction length)."""
     rng = SeededRandom(-1)
     texts = [
         training_question(rng.integer(0, budget.images - 1), budget.images, rng).text
         for _ in range(budget.mean_questions)
     ]
+    return torch.tensor([instruction_ids(text, processor) for text in texts])
+
+
+def mean_text_term(
+    tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, budget: ReplicationBudget
+) -> torch.Tensor:
+    """Mean of `Wt P` over training questions, (visual tokens, vision width): what the arms' offset begins with."""
     path = VisionPath(tiny, processor)
-    return path.text_term(path.instruction_tokens(path.instruction_ids(texts)).mean(0))
+    return path.text_term(path.instruction_tokens(_some_instructions(processor, budget)).mean(0))
 
 
 def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcessor, work: Path) -> TrainingRows:
@@ -213,7 +221,8 @@ def _train(
     )
     constant = instruction_ids(CONSTANT_INSTRUCTION, processor)
     losses = []
-    for step in tqdm(range(steps), desc=row.name):
+    progress = tqdm(range(steps), desc=row.name)
+    for step in progress:
         chosen = range(step * size, (step + 1) * size)
         encoded = [training.encoded[index] for index in chosen]
         ids = {
@@ -230,6 +239,7 @@ def _train(
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        progress.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
     parts = np.array_split(losses, min(20, len(losses)))
     return [round(float(part.mean()), 4) for part in parts]
 
