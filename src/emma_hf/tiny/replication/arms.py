@@ -122,7 +122,7 @@ class Row:
                 f"C-k4-d6-s0-r1: got {name!r}."
             )
         arm, tokens, depth, seed, rate, width = match.groups()
-        return cls(arm, int(tokens), int(depth), int(seed), float(rate), width and int(width))
+        return cls(arm, int(tokens), int(depth), int(seed), float(rate), int(width) if width else None)
 
 
 class ReplicationModel(nn.Module):
