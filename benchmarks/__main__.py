@@ -18,6 +18,7 @@ RESULTS, DOCUMENTS = HERE / "results", HERE.parent / "docs"
 PARTS = {
     "vision": "the vision path against LLaVA's, and many questions about one image",
     "language_model": "prefill and decoding against LLaVA's",
+    "token_selection": "emma-tiny with fewer visual tokens, by how they are chosen",
     "modality_adaptation": "the kernels of the modality adaptation against plain PyTorch (CUDA)",
     "training": "a training step against LLaVA's, its peak memory, and the data path",
     "liger": "a training step with Liger's kernels against the plain one (CUDA)",

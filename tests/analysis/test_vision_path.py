@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.analyzed import noise, small, small_rows
-from support.models import TEXT, VISION
+from support.models import TEXT, VISION, tiny_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from emma_hf.analysis import Row, VisionPath, encode
@@ -92,6 +92,11 @@ def test_an_image_that_cannot_be_read_names_its_row(path, tmp_path):
         encode(path, [Row(str(tmp_path / "b.png"), "Where?")])
     with pytest.raises(ValueError, match="nothing to analyze: got no questions"):
         encode(path, [])
+
+
+def test_a_model_that_keeps_fewer_visual_tokens_is_refused():
+    with pytest.raises(ValueError, match="all 16 visual tokens: got visual_tokens=5. .* with visual_tokens=16"):
+        VisionPath(tiny_model(visual_tokens=5), None)
 
 
 def test_a_model_without_a_modality_adaptation_is_refused(small_model):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from support.recorded import IMAGE_TOKENS
 
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.data import ChatDataset, ConversationDataset, DataCollator, encode_conversation
 from emma_hf.model.instruction_emma import encode_instruction
 
@@ -116,6 +117,21 @@ def test_batches(processor, model, write, reference):
         alone = [model(**collate([item])).loss * (item["labels"] != -100).sum() for item in items]
         together = model(**batch).loss * (batch["labels"] != -100).sum()
     torch.testing.assert_close(together, sum(alone), atol=1e-3, rtol=1e-5)
+
+
+def test_batches_with_fewer_visual_tokens(converted, write, reference):
+    processor = EmmaProcessor.from_pretrained(converted, visual_tokens=5)
+    model = EmmaForConditionalGeneration.from_pretrained(converted, visual_tokens=5, dtype=torch.float32)
+    dataset = ConversationDataset(write(ROWS), processor, reference / "images")
+    items = [dataset[index] for index in range(len(ROWS))]
+    assert [(item["input_ids"] == processor.image_token_id).sum().item() for item in items] == [5, 0, 10]
+    assert all((item["labels"][item["input_ids"] == processor.image_token_id] == -100).all() for item in items)
+    batch = DataCollator(processor)(items)
+    model(**batch).loss.backward()
+    adaptation = model.model.modality_adaptation
+    rows = adaptation.select_rows(model.get_vision_features(batch["pixel_values"])).unique()
+    learned = adaptation.visual_alignment.bias.grad.nonzero().flatten()
+    assert learned.tolist() == rows.tolist()
 
 
 ROWS = [

@@ -299,3 +299,12 @@ def test_two_processes_answer_as_one(tmp_path):
     assert (tmp_path / "two" / MERGED).read_bytes() == (tmp_path / "one" / MERGED).read_bytes()
     # One process reports.
     assert done.stdout.count("# emma-tiny's fresh questions") == 1
+
+
+def test_a_run_says_how_many_visual_tokens_were_kept(tmp_path):
+    task = TinyQuestions(4)
+    options = {"rule": "own", "device": "cpu"}
+    evaluate(EMMA_TINY, task, ".", tmp_path, **options, visual_tokens=16)
+    assert json.loads((tmp_path / MERGED).read_text().splitlines()[0])["visual_tokens"] == 16
+    with pytest.raises(EmmaError, match="visual_tokens"):
+        evaluate(EMMA_TINY, task, ".", tmp_path, **options)

@@ -11,7 +11,7 @@ from PIL import Image
 from support.models import answer
 from transformers import pipeline
 
-from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.hub import export
 from emma_hf.hub.manifest import MANIFEST_NAME, REQUIRED_FILES, files_of, manifest_of, read_manifest
 from emma_hf.hub.model_card import TEMPLATE
@@ -68,6 +68,20 @@ def test_what_endpoints_install_is_what_the_package_asks_for():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for requirement in (TEMPLATE / "requirements.txt").read_text(encoding="utf-8").splitlines():
         assert requirement in text, requirement
+
+
+def test_an_export_with_fewer_visual_tokens(tmp_path):
+    folder = export(EMMA_TINY, tmp_path / "fewer", visual_tokens=20)
+    again = export(folder, tmp_path / "again")
+    for exported, values in ((folder, {}), (again, {}), (again, {"visual_tokens": None})):
+        config, expected = EmmaConfig.from_pretrained(exported, **values), 64 if values else 20
+        assert config.image_seq_length == expected
+        assert EmmaProcessor.from_pretrained(exported, **values).image_seq_length == expected
+    assert json.loads((folder / "config.json").read_text())["image_seq_length"] == 20
+    for path in folder.glob("model*.safetensors"):
+        assert path.read_bytes() == (EMMA_TINY / path.name).read_bytes()
+    with pytest.raises(ValueError, match="a whole number from 1 to 64, .* got 65"):
+        export(EMMA_TINY, tmp_path / "more", visual_tokens=65)
 
 
 def test_a_model_of_another_shape_gets_no_figures_of_the_paper(converted, tmp_path):

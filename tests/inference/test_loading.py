@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
+from emma_hf import EMMA_TINY
 from emma_hf.inference import load_model
 from emma_hf.model.errors_emma import EmmaError
+from emma_hf.tiny.drawing import draw
+from emma_hf.tiny.scenes import Scene
 
 
 def test_the_model_and_its_processor(converted, model):
@@ -23,16 +26,26 @@ def test_the_model_and_its_processor(converted, model):
 
 
 def test_quantized_weights():
-    from emma_hf import EMMA_TINY
-
     loaded, _ = load_model(EMMA_TINY, device="cpu", quantization="8bit")
     assert loaded.is_quantized
     assert loaded.device.type == "cpu"
 
 
+def test_fewer_visual_tokens_in_the_model_and_its_processor():
+    for quantization in (None, "8bit"):
+        loaded, processor = load_model(EMMA_TINY, "cpu", quantization=quantization, visual_tokens=12)
+        prompt = "USER: <image>\nHow many things are there? ASSISTANT:"
+        inputs = processor(images=draw(Scene.random(4)), text=prompt, return_tensors="pt")
+        assert inputs["input_ids"].tolist()[0].count(processor.image_token_id) == 12
+        with torch.no_grad():
+            assert loaded(**inputs).image_hidden_states.shape[1] == 12
+            assert loaded.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"visual_tokens": 17}, "`visual_tokens` must be a whole number from 1 to 16, .* got 17. Leave it out"),
         ({"dtype": "int"}, "`dtype` must be auto, float32, float16 or bfloat16: got 'int'"),
         ({"device": "tpu9"}, "`device` must be a device of this machine: got 'tpu9'"),
         ({"quantization": "2bit"}, "must be 4bit or 8bit: got '2bit'"),

@@ -192,8 +192,8 @@ def test_its_evaluator_and_its_tasks_run(tmp_path):
         "film": "emma reads pictures: the task t gives str. Choose another task.",
         "likelihood": "emma answers by generating: choose tasks whose `output_type` is generate_until, such as pope.",
         "rounds": "emma answers tasks of one round: choose tasks without `generate_until_multi_round`.",
-        "argument": "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization, revision and "
-        "instruction: got pretraned.",
+        "argument": "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization, revision, "
+        "instruction and visual_tokens: got pretraned.",
         "batch": "`batch_size` must be a whole number of at least 1: got 'auto'.",
         "instruction": "`instruction` must be one of own, first_line, question, whole, swapped, empty, constant: got 'none'.",
         "question": "The instruction rule `question` needs a task whose rows have a field `question`: t has image, words. "

@@ -39,7 +39,7 @@ class VisionPath:
         offset: (N, vision width), or None.
 
     Raises:
-        EmmaError: a model without a modality adaptation.
+        EmmaError: a model without a modality adaptation, or one that keeps fewer visual tokens than there are.
     """
 
     def __init__(self, model: EmmaForConditionalGeneration, processor: EmmaProcessor) -> None:
@@ -48,6 +48,13 @@ class VisionPath:
             raise EmmaError(
                 "What an instruction does is analyzed at EMMA's modality adaptation, between vision tower and "
                 f"projector: {type(model).__name__} has none. Pass an EmmaForConditionalGeneration."
+            )
+        config = model.config
+        if config.image_seq_length != config.vision_seq_length:
+            raise EmmaError(
+                f"What an instruction does is analyzed at all {config.vision_seq_length} visual tokens: got "
+                f"visual_tokens={config.visual_tokens}. Load the model and its processor with "
+                f"visual_tokens={config.vision_seq_length}."
             )
         self.model, self.processor = model, processor
         self._adaptation = copy.deepcopy(adaptation).float()

@@ -14,6 +14,7 @@ from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.modeling_emma import EmmaForConditionalGeneration, default_generation_config
 from ..model.processing_emma import EmmaProcessor
 from ..model.quantization_emma import bitsandbytes_config
+from ..model.token_selection_emma import check_visual_tokens
 from ..storage.folders import damaged_files_named, new_folder, read_json, write_json
 from ..storage.hub_access import resolve
 from ..storage.tensors import (
@@ -82,6 +83,7 @@ def convert(
     progress: bool = True,
     quantization: str | None = None,
     base: str | Path | None = None,
+    visual_tokens: int | None = None,
 ) -> Path:
     """Convert the authors' checkpoint to a complete Hub folder.
 
@@ -99,10 +101,12 @@ def convert(
             temporary folder first, and the model is loaded.
         base: for a stage-1 or LoRA folder, folder or Hub id of the model that it was trained from: a language model as
             Transformers saves it, or a complete checkpoint of the authors' code.
+        visual_tokens: visual tokens that the config and the processor keep of each image. Default: all. The weights
+            are the same.
 
     Raises:
         EmmaError: unknown or missing weights, damaged files, a variant that cannot run, a `base` that is missing or
-            does not fit, an `output` that exists.
+            does not fit, `visual_tokens` that the vision tower does not give, an `output` that exists.
         FileNotFoundError: a folder, or a file in it, that is not there.
         HubError: the Hub cannot be reached, or refuses.
         MissingPackageError: with `quantization`, bitsandbytes is missing or too old.
@@ -110,13 +114,13 @@ def convert(
     dtype, limit = _dtype(dtype), parse_size(max_shard_size)
     if quantization is None:
         with new_folder(output) as folder, damaged_files_named(source):
-            _write_converted(folder, source, clip, base, dtype, limit, progress)
+            _write_converted(folder, source, clip, base, dtype, limit, progress, visual_tokens)
         return Path(output)
     config = bitsandbytes_config(quantization)
     # Inside the hidden folder, so that a killed run leaves nothing complete behind.
     with new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as unquantized:
         with damaged_files_named(source):
-            _write_converted(Path(unquantized), source, clip, base, dtype, limit, progress)
+            _write_converted(Path(unquantized), source, clip, base, dtype, limit, progress, visual_tokens)
         model = EmmaForConditionalGeneration.from_pretrained(unquantized, quantization_config=config, dtype="auto")
         shutil.copytree(unquantized, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         model.save_pretrained(folder, max_shard_size=limit)
@@ -131,11 +135,15 @@ def _write_converted(
     dtype: torch.dtype | None,
     max_shard_size: int,
     progress: bool,
+    visual_tokens: int | None,
 ) -> None:
     source = resolve(source, CONVERTED_FILES)
     authors = read_json(source / "config.json")
     clip = resolve(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)
     config = config_from_authors(authors, read_clip_config(clip))
+    if visual_tokens is not None:
+        check_visual_tokens(visual_tokens, config.vision_seq_length)
+    config.visual_tokens = visual_tokens
     base = resolve_base(source, base, authors, CONVERTED_FILES)
 
     tensors = read_language_model(source, base, dtype)

@@ -72,6 +72,7 @@ def evaluate(
     dtype: str = "auto",
     quantization: str | None = None,
     revision: str | None = None,
+    visual_tokens: int | None = None,
 ) -> Run | None:
     """Answer a benchmark's questions with a model. What an earlier run for the same folder answered is not asked again.
 
@@ -88,6 +89,7 @@ def evaluate(
         dtype: as in [`load_model`].
         quantization: as in [`load_model`].
         revision: of a Hub repository.
+        visual_tokens: as in [`load_model`].
 
     Returns:
         The run; None in any process but the first.
@@ -105,12 +107,15 @@ def evaluate(
         "dtype": dtype,
         "quantization": quantization,
     }
+    if visual_tokens is not None:
+        header["visual_tokens"] = visual_tokens
     # A process may have much more to do than another: the default would end the run after ten minutes of waiting.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     several = state.num_processes > 1
 
     def load() -> Answerer:
-        model, processor = load_model(folder, state.device if several else device, dtype, quantization)
+        chosen = state.device if several else device
+        model, processor = load_model(folder, chosen, dtype, quantization, visual_tokens=visual_tokens)
         return model_answerer(model, processor, task.max_new_tokens)
 
     processes = Processes(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -35,6 +36,7 @@ def export(
     evaluation: str | Path | None = None,
     max_shard_size: int | str | None = None,
     link: bool = False,
+    visual_tokens: int | None = None,
 ) -> Path:
     """Write the complete Hub repository of a model: weights, code, processor, card, endpoint, and a manifest of it all.
 
@@ -51,20 +53,24 @@ def export(
         max_shard_size: largest weight file, in bytes or like `"5GB"`. Default: the files are copied as they are.
         link: hard links to weight files in place of copies, where the file system has them; a change of one file
             then changes the other.
+        visual_tokens: visual tokens that config and processor keep of each image. Default: as those of `model` say.
 
     Raises:
-        EmmaError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists.
+        EmmaError: not a model of this package, damaged weights, a link to outside the folder, a `folder` that exists,
+            `visual_tokens` that the vision tower does not give.
         FileNotFoundError: a folder, or a file in it, that is not there.
     """
     limit = None if max_shard_size is None else parse_size(max_shard_size)
+    tokens = {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     folder = Path(folder)
     with new_folder(folder) as target:
         source, cache = _resolve_model(model)
-        config = _load_config(source)
+        config = _load_config(source, **tokens)
         _write_weights(source, target, cache, limit, link)
         copy_code_files(target)
-        write_json(target / "config.json", {**read_json(source / "config.json"), "auto_map": AUTO_MAP})
-        _load_processor(source).save_pretrained(target)
+        values = {**tokens, "image_seq_length": config.image_seq_length, "auto_map": AUTO_MAP}
+        write_json(target / "config.json", {**read_json(source / "config.json"), **values})
+        _load_processor(source, **tokens).save_pretrained(target)
         _write_generation_config(source, target, config)
         if (source / "tokenizer.model").is_file():
             _copy(source, "tokenizer.model", target, cache)
@@ -98,7 +104,7 @@ def _resolve_model(model: str | Path) -> tuple[Path, Path | None]:
     return folder, blobs
 
 
-def _load_config(source: Path) -> EmmaConfig:
+def _load_config(source: Path, **options: Any) -> EmmaConfig:
     if (source / ADAPTER_NAME).is_file():
         merged = source / "merged"
         remedy = f"Export {merged}" if merged.is_dir() else "Merge it with `merge_and_unload` and save that"
@@ -115,17 +121,17 @@ def _load_config(source: Path) -> EmmaConfig:
             f"Only models of this package (model_type 'emma') are exported: {source} has {values.get('model_type')!r}. "
             "`emma-hf convert` turns the authors' checkpoint into one."
         )
-    return EmmaConfig.from_pretrained(source)
+    return EmmaConfig.from_pretrained(source, **options)
 
 
-def _load_processor(source: Path) -> EmmaProcessor:
+def _load_processor(source: Path, **options: Any) -> EmmaProcessor:
     missing = [name for name in ("tokenizer_config.json", "preprocessor_config.json") if not (source / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{source} lacks {' and '.join(missing)}. Save the processor beside the weights: "
             "`processor.save_pretrained(folder)`."
         )
-    return EmmaProcessor.from_pretrained(source)
+    return EmmaProcessor.from_pretrained(source, **options)
 
 
 def _write_weights(source: Path, target: Path, cache: Path | None, limit: int | None, link: bool) -> None:

@@ -28,6 +28,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     revision: str | None = None,
+    visual_tokens: int | None = None,
 ) -> tuple[EmmaForConditionalGeneration, EmmaProcessor]:
     """Load a model for inference, and its processor.
 
@@ -39,13 +40,14 @@ def load_model(
         dtype: dtype of the computation: a dtype, its name, or `auto` for that of the weights.
         quantization: `4bit` or `8bit`: quantize the language model while loading. Default: as stored.
         revision: branch, tag or commit of a Hub repository. Default: the main branch.
+        visual_tokens: visual tokens to keep of each image. Default: as the model's config says.
 
     Returns:
         The model, in evaluation mode on `device`, and the processor.
 
     Raises:
-        EmmaError: a device that this machine lacks, a `dtype` or `quantization` that does not exist, a folder that is
-            no converted model or has damaged files.
+        EmmaError: a device that this machine lacks, a `dtype` or `quantization` that does not exist, `visual_tokens`
+            that the vision tower does not give, a folder that is no converted model or has damaged files.
         FileNotFoundError: no such folder or repository.
         HubError: a repository that cannot be fetched.
     """
@@ -53,14 +55,15 @@ def load_model(
         raise EmmaError(f"`dtype` must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: got {dtype!r}.")
     device = _checked_device(device)
     options: dict[str, Any] = {}
+    tokens = {} if visual_tokens is None else {"visual_tokens": visual_tokens}
     if quantization is not None:
         options = {"quantization_config": bitsandbytes_config(quantization), "device_map": {"": device}}
     folder = resolve(source, FILES, revision)
     _check_converted(folder)
     # Before the weights, which take long: a wrong folder is reported at once.
-    processor = _load_processor(folder)
+    processor = _load_processor(folder, **tokens)
     with damaged_files_named(folder):
-        model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
+        model = EmmaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options, **tokens).eval()
     # Quantized weights are put on their device while they are read.
     return (model if is_quantized(model) else model.to(device)), processor
 
@@ -92,9 +95,9 @@ def _check_converted(folder: Path) -> None:
         raise EmmaError(f"A model needs its weights beside it: {folder} lacks {SAFE_WEIGHTS_NAME}. {CONVERT}")
 
 
-def _load_processor(folder: Path) -> EmmaProcessor:
+def _load_processor(folder: Path, **options: Any) -> EmmaProcessor:
     try:
-        return EmmaProcessor.from_pretrained(folder)
+        return EmmaProcessor.from_pretrained(folder, **options)
     except EmmaError:
         raise
     # Damaged or missing files of tokenizers and image processors raise nearly anything, also KeyError.

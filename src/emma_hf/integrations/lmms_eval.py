@@ -44,6 +44,7 @@ class Emma(lmms):
         batch_size: questions at once.
         quantization: `4bit` or `8bit`.
         revision: of a Hub repository.
+        visual_tokens: visual tokens to keep of each image; as stored if it is not given.
         instruction: which text the instruction encoder gets: `own` (the question up to its first line break, as in the
             authors' evaluation), `first_line`, `question` (the task's field of that name), `whole`, `swapped` (another
             question's of the task), `empty` or `constant`. The prompt stays.
@@ -61,6 +62,7 @@ class Emma(lmms):
         quantization: str | None = None,
         revision: str | None = None,
         instruction: str = "own",
+        visual_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -68,8 +70,8 @@ class Emma(lmms):
         unknown = [name for name, value in kwargs.items() if value is not None and name != "max_batch_size"]
         if unknown:
             raise EmmaError(
-                "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization, revision and "
-                f"instruction: got {', '.join(unknown)}."
+                "`--model_args` of emma are pretrained, device, dtype, batch_size, quantization, revision, instruction "
+                f"and visual_tokens: got {', '.join(unknown)}."
             )
         self.instruction = instruction.replace("_", "-")
         if self.instruction not in RULES:
@@ -82,7 +84,7 @@ class Emma(lmms):
         several = self._world_size > 1 or device is None
         self.device = self.accelerator.device if several else torch.device(device)
         self.batch_size = int(batch_size)
-        self.model, self.processor = load_model(pretrained, self.device, dtype, quantization, revision)
+        self.model, self.processor = load_model(pretrained, self.device, dtype, quantization, revision, visual_tokens)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The answers, in the order of the requests; an answer ends before the first of its task's `until`."""

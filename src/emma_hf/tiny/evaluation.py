@@ -146,7 +146,7 @@ def evaluate_tiny(
         captions: number of scenes to caption.
         seed: seed of scenes and questions.
         output: folder for `evaluation.json`, `evaluation.md` (a table), `evaluation.png` and `answers.jsonl`.
-        **load: arguments of `from_pretrained`, such as `dtype` or `quantization_config`.
+        **load: arguments of `from_pretrained`, such as `dtype`, `quantization_config` or `visual_tokens`.
 
     Returns:
         Figures by name in `accuracy`, `yes_no` and `captions`. A share is `{"right", "of", "share", "low", "high"}`, of
@@ -157,7 +157,8 @@ def evaluate_tiny(
     """
     if output is not None:
         figure_class()
-    processor = EmmaProcessor.from_pretrained(model)
+    tokens = {name: value for name, value in load.items() if name == "visual_tokens"}
+    processor = EmmaProcessor.from_pretrained(model, **tokens)
     loaded = EmmaForConditionalGeneration.from_pretrained(model, **load).eval()
 
     def ask_all(task: Task) -> list[ScoredRow]:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from emma_hf import EmmaModel
 from emma_hf.cli import main
 
 
@@ -37,6 +38,24 @@ def test_the_answer_goes_to_standard_output_and_nothing_else_does(converted, pho
         stdin(data)
         assert ask("--dtype", "float32", image, "Who?", model=converted) == 0
         assert capfd.readouterr().out.strip() == expected
+
+
+def test_fewer_visual_tokens(converted, photo, capfd, monkeypatch):
+    lengths = []
+    forward = EmmaModel.get_image_features
+
+    def get_image_features(self, *arguments, **options):
+        outputs = forward(self, *arguments, **options)
+        lengths.append(outputs.pooler_output.shape[1])
+        return outputs
+
+    monkeypatch.setattr(EmmaModel, "get_image_features", get_image_features)
+    for more, expected in (([], 16), (["--visual-tokens", "5"], 5)):
+        lengths.clear()
+        assert ask(*more, photo, "Who is it?", model=converted) == 0
+        assert set(lengths) == {expected}
+    assert ask("--visual-tokens", "17", photo, "Who is it?", model=converted) == 2
+    assert "`visual_tokens` must be a whole number from 1 to 16" in capfd.readouterr().err
 
 
 def test_several_pictures_and_an_instruction(converted, photo, capfd):

@@ -3,8 +3,11 @@
 import resource
 
 import pytest
+import torch
 
+from emma_hf import EmmaConfig, EmmaProcessor
 from emma_hf.cli import main
+from emma_hf.storage.tensors import read_checkpoint
 
 
 @pytest.fixture
@@ -26,6 +29,26 @@ def test_conversion_and_back(reference, tmp_path, capfd):
     assert f"wrote {first}" in err
     assert "weights" in err
     assert (back / "vision_tower.bin").is_file()
+
+
+def test_fewer_visual_tokens_than_the_authors_keep(reference, converted, tmp_path, capfd):
+    source = str(reference / "original")
+    command = ["convert", source, str(tmp_path / "fewer"), "--clip", f"{source}/clip", "--visual-tokens"]
+    assert main([*command, "6"]) == 0
+    assert EmmaConfig.from_pretrained(tmp_path / "fewer").image_seq_length == 6
+    assert EmmaProcessor.from_pretrained(tmp_path / "fewer").image_seq_length == 6
+    # Every weight is there, and may be used again.
+    assert EmmaProcessor.from_pretrained(tmp_path / "fewer", visual_tokens=None).image_seq_length == 16
+    whole, fewer = read_checkpoint(converted), read_checkpoint(tmp_path / "fewer")
+    assert all(torch.equal(tensor.load(), fewer[name].load()) for name, tensor in whole.items())
+    # What is wrong is said before anything is written.
+    (tmp_path / "fewer").rename(tmp_path / "done")
+    for number, message in (("0", "`--visual-tokens` must be at least 1: got 0."), ("17", "from 1 to 16,")):
+        assert main([*command, number]) == 2
+        assert message in capfd.readouterr().err
+    assert main(["convert", "--reverse", str(converted), str(tmp_path / "back"), "--visual-tokens", "6"]) == 2
+    assert "The authors' code keeps all visual tokens: drop `--visual-tokens`" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -82,7 +82,9 @@ def _run(args: argparse.Namespace) -> None:
     EmmaImageProcessor().fetch_images([image for image, _ in args.pairs])
     examples = [Row(*pair) for pair in args.pairs]
     rows = _rows(args) or examples
-    model, processor = load_model(args.model, args.device, args.dtype, args.quantization)
+    model, processor = load_model(
+        args.model, args.device, args.dtype, args.quantization, visual_tokens=args.visual_tokens
+    )
     result = analyze(model, processor, rows, examples, args.seed, args.max_new_tokens, progress=True)
     print("\n".join(result["verdict"]))
     if args.output is not None:

@@ -100,7 +100,9 @@ def _load_chat(args: argparse.Namespace) -> "Chat":
     images = EmmaImageProcessor().fetch_images(
         [sys.stdin.buffer.read() if each == "-" else each for each in args.images]
     )
-    model, processor = load_model(args.model, args.device, args.dtype, args.quantization)
+    model, processor = load_model(
+        args.model, args.device, args.dtype, args.quantization, visual_tokens=args.visual_tokens
+    )
     return Chat(model, processor, images, args.instruction)
 
 

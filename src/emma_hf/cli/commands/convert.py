@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from ...model.errors_emma import EmmaError
-from .loading_arguments import QUANTIZATIONS
+from .loading_arguments import QUANTIZATIONS, add_visual_tokens, check_visual_tokens
 
 
 def add_commands(commands: Any) -> None:
@@ -30,11 +30,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--quantization", metavar=f"{{{','.join(QUANTIZATIONS)}}}", help="write a folder that loads quantized"
     )
+    add_visual_tokens(parser)
     parser.add_argument("--reverse", action="store_true", help="write the authors' layout")
     parser.set_defaults(check_arguments=_check, run=_convert)
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_visual_tokens(args)
     if not args.reverse:
         return
     if args.source is None:
@@ -47,6 +49,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.quantization is not None:
         raise EmmaError("The authors' layout has no quantized form: drop `--quantization` or `--reverse`.")
+    if args.visual_tokens is not None:
+        raise EmmaError("The authors' code keeps all visual tokens: drop `--visual-tokens` or `--reverse`.")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -57,5 +61,6 @@ def _convert(args: argparse.Namespace) -> None:
         reverse(args.source, args.output, **options)
     else:
         source = args.source or DEFAULT_SOURCE
-        convert(source, args.output, clip=args.clip, base=args.base, quantization=args.quantization, **options)
+        options |= {"quantization": args.quantization, "visual_tokens": args.visual_tokens}
+        convert(source, args.output, clip=args.clip, base=args.base, **options)
     print(f"wrote {args.output}", file=sys.stderr)

@@ -69,6 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         args.device,
         args.dtype,
         args.quantization,
+        visual_tokens=args.visual_tokens,
     )
     if run is not None:
         print(markdown(write_report(run, output)), end="")

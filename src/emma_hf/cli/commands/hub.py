@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from ...model.errors_emma import EmmaError
+from .loading_arguments import add_visual_tokens, check_visual_tokens
 
 
 def add_commands(commands: Any) -> None:
@@ -18,6 +19,7 @@ def add_commands(commands: Any) -> None:
         "--example", nargs=2, action="append", default=[], metavar=("IMAGE", "QUESTION"), help="one for the widget"
     )
     export.add_argument("--evaluation", metavar="FILE", help="evaluation.json of `emma-hf tiny evaluate`, for the card")
+    add_visual_tokens(export)
     export.add_argument("--max-shard-size", help="largest weight file, such as 2GB (default: files as they are)")
     export.add_argument("--revision", help="with --check: branch, tag or commit (default: the main branch)")
     export.add_argument("--trust-remote-code", action="store_true", help="with --check: also run code that is not ours")
@@ -39,6 +41,7 @@ def _check_export(args: argparse.Namespace) -> None:
             raise EmmaError(f"`--check` takes MODEL alone and writes nothing: got {args.folder!r} besides. Drop it.")
     elif args.folder is None or args.revision is not None or args.trust_remote_code:
         raise EmmaError("`export` takes MODEL FOLDER; `--revision` and `--trust-remote-code` belong to `--check`.")
+    check_visual_tokens(args)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -50,7 +53,15 @@ def _export(args: argparse.Namespace) -> None:
         if report.failures:
             raise EmmaError(f"{args.model}: {len(report.failures)} of {len(report.rows)} checks failed; see the table.")
     else:
-        export(args.model, args.folder, args.repo_id, args.example, args.evaluation, args.max_shard_size)
+        export(
+            args.model,
+            args.folder,
+            args.repo_id,
+            args.example,
+            args.evaluation,
+            args.max_shard_size,
+            visual_tokens=args.visual_tokens,
+        )
         print(f"wrote {args.folder}", file=sys.stderr)
 
 

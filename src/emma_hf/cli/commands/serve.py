@@ -70,5 +70,7 @@ def _serve(args: argparse.Namespace) -> None:
     name = args.name or (Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     # Before the weights, which take long: a port in use is reported at once.
     with listen(args.host, args.port) as listener:
-        model, processor = load_model(args.model, args.device, args.dtype, args.quantization)
+        model, processor = load_model(
+            args.model, args.device, args.dtype, args.quantization, visual_tokens=args.visual_tokens
+        )
         serve(model, processor, name, listener, limits)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ... import EMMA_TINY
 from ...model.errors_emma import EmmaError
+from .loading_arguments import add_visual_tokens, check_visual_tokens
 
 # Pixels. Drawing takes about 20 bytes for each of the pixels: 0.3 GB for the largest.
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096
@@ -43,6 +44,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--captions", type=int, default=500, help="number of captions (default: 500)")
     evaluate.add_argument("--seed", type=int, default=0, help="seed of the questions (default: 0)")
     evaluate.add_argument("--output", help="folder for the table, the figure and every answer")
+    add_visual_tokens(evaluate)
     evaluate.set_defaults(check_arguments=_check_evaluate, run=_evaluate)
 
     replicate = parts.add_parser(
@@ -93,12 +95,14 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise EmmaError(
             f"`--questions` must be at least 1 and `--captions` at least 0: got {args.questions} and {args.captions}."
         )
+    check_visual_tokens(args)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from ...tiny.evaluation import evaluate_tiny, table
 
-    result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output)
+    load = {} if args.visual_tokens is None else {"visual_tokens": args.visual_tokens}
+    result = evaluate_tiny(args.model, args.questions, args.captions, args.seed, args.output, **load)
     print(table(result), end="")
 
 
