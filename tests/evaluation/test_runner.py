@@ -306,5 +306,5 @@ def test_a_run_says_how_many_visual_tokens_were_kept(tmp_path):
     options = {"rule": "own", "device": "cpu"}
     evaluate(EMMA_TINY, task, ".", tmp_path, **options, visual_tokens=16)
     assert json.loads((tmp_path / MERGED).read_text().splitlines()[0])["visual_tokens"] == 16
-    with pytest.raises(EmmaError, match="visual_tokens"):
+    with pytest.raises(EmmaError, match="its visual_tokens is 16, that of this run is null"):
         evaluate(EMMA_TINY, task, ".", tmp_path, **options)

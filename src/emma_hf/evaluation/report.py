@@ -61,7 +61,7 @@ def write_report(run: Run, folder: Path) -> dict[str, Any]:
 def markdown(summary: Mapping[str, Any]) -> str:
     """A summary as Markdown."""
     run = summary["run"]
-    settings = ", ".join(f"{name} {run[name]}" for name in ("dtype", "quantization") if run.get(name))
+    settings = ", ".join(f"{name} {run[name]}" for name in ("dtype", "quantization", "visual_tokens") if run.get(name))
     lines = [
         f"# {summary['title']}",
         "",

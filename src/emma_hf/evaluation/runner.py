@@ -106,9 +106,8 @@ def evaluate(
         "model": f"{name} {model_hash(folder)}",
         "dtype": dtype,
         "quantization": quantization,
+        "visual_tokens": visual_tokens,
     }
-    if visual_tokens is not None:
-        header["visual_tokens"] = visual_tokens
     # A process may have much more to do than another: the default would end the run after ten minutes of waiting.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     several = state.num_processes > 1
