@@ -18,7 +18,6 @@ RESULTS, DOCUMENTS = HERE / "results", HERE.parent / "docs"
 PARTS = {
     "vision": "the vision path against LLaVA's, and many questions about one image",
     "language_model": "prefill and decoding against LLaVA's",
-    "token_selection": "emma-tiny with fewer visual tokens, by how they are chosen",
     "modality_adaptation": "the kernels of the modality adaptation against plain PyTorch (CUDA)",
     "training": "a training step against LLaVA's, its peak memory, and the data path",
     "liger": "a training step with Liger's kernels against the plain one (CUDA)",
@@ -27,6 +26,7 @@ PARTS = {
     "first_answer": "loading emma-tiny and one answer",
     "command_line": "help, versions and wrong arguments of the command",
     "quantization": "memory, answers and speed in 4 and 8 bits",
+    "token_selection": "emma-tiny with fewer visual tokens, by how they are chosen",
     "convert": "peak memory and time of the converter",
     "released_geometry": "the released model's size: converting, loading, answering, and fewer visual tokens",
 }
