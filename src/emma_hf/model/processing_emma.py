@@ -484,13 +484,12 @@ class EmmaProcessor(ProcessorMixin):
         """
         changes = "visual_tokens" in kwargs
         visual_tokens = kwargs.pop("visual_tokens", None)
-        loaded = super().from_pretrained(*args, **kwargs)
+        processor = super().from_pretrained(*args, **kwargs)
         if changes:
-            processor = loaded[0] if isinstance(loaded, tuple) else loaded
             if visual_tokens is not None:
                 check_visual_tokens(visual_tokens, processor.vision_seq_length)
             processor.image_seq_length = visual_tokens or processor.vision_seq_length
-        return loaded
+        return processor
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, processor_dict=None, **kwargs: Any):
