@@ -43,8 +43,8 @@ def logits_of(
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_all_arms_begin_as_the_same_function(tokens, processor):
-    logits = {arm: logits_of(*build(arm, tokens), processor) for arm in "ABCDEG"}
-    for arm in "BCDEG":
+    logits = {arm: logits_of(*build(arm, tokens), processor) for arm in "ABCDEGH"}
+    for arm in "BCDEGH":
         assert torch.allclose(logits[arm], logits["A"], atol=1e-5), arm
     # The question before the picture is another prompt.
     assert logits_of(*build("F", tokens), processor).shape[1] > logits["A"].shape[1]
@@ -96,6 +96,7 @@ TRAINED = {
     "E": {"visual_weight", "offset", "text_weight", "instruction_projection"},
     "F": set(),
     "G": {"visual_weight", "offset", "film"},
+    "H": {"visual_weight", "offset", "query"},
 }
 
 
@@ -108,7 +109,7 @@ def test_an_arm_trains_what_the_table_says(arm):
     assert not any(parameter.requires_grad for parameter in tiny.model.instruction_encoder.parameters())
     groups = model.parameter_groups(1e-3, 2.0)
     assert sum(len(group["params"]) for group in groups) == sum(each.requires_grad for each in model.parameters())
-    assert [group["lr"] for group in groups] == ([1e-3, 2e-3] if ARMS[arm].text or ARMS[arm].film else [1e-3])
+    assert [group["lr"] for group in groups] == ([1e-3, 2e-3] if ARMS[arm].reads else [1e-3])
 
 
 def test_visual_tokens_are_means_over_squares_of_the_grid():
@@ -121,6 +122,25 @@ def test_visual_tokens_are_means_over_squares_of_the_grid():
     rows = every.reshape(8, 8, -1)
     expected = [rows[i : i + 4, j : j + 4].mean((0, 1)) for i in (0, 4) for j in (0, 4)]
     assert torch.allclose(pooled[0], torch.stack(expected), atol=1e-5)
+
+
+def test_the_question_weights_what_is_averaged():
+    model, _ = build("H", tokens=4)
+    generator = torch.Generator().manual_seed(1)
+    vision, instructions = (torch.randn(2, length, 128, generator=generator) for length in (64, 77))
+    ends = torch.tensor([5, 9])
+    with torch.no_grad():
+        model.query.weight.normal_(generator=generator)
+        model.standardize_end_tokens(instructions[:, 3])
+        found = model.image_features(vision, instructions, ends)
+        whole = model.projector(model.fused(vision, instructions)).reshape(2, 8, 8, -1)
+    for image, end in enumerate(ends):
+        told = (instructions[image, end] - instructions[:, 3].mean(0)) / instructions[:, 3].std(0)
+        query = model.query.weight @ told
+        square = whole[image, 4:, :4].flatten(0, 1)
+        weights = (square @ query / 192**0.5).softmax(0)
+        # The third token: of the lower left square.
+        torch.testing.assert_close(found[image, 2], weights @ square, atol=1e-4, rtol=1e-4)
 
 
 def test_a_narrow_token_keeps_the_principal_components():
@@ -156,7 +176,7 @@ def test_a_row_has_a_name():
     ("name", "message"),
     [
         ("C4", "written ARM-kTOKENS-dDEPTH-sSEED-rRATE and may end in -wWIDTH, such as C-k4-d6-s0-r1: got 'C4'"),
-        ("Z-k4-d6-s0-r1", "one of A, B, C, D, E, F, G: got 'Z'"),
+        ("Z-k4-d6-s0-r1", "one of A, B, C, D, E, F, G, H: got 'Z'"),
     ],
 )
 def test_a_row_that_does_not_exist_is_refused(name, message):

@@ -28,6 +28,7 @@ class Arm:
         instruction: in training and in the test the question's `own`, `shuffled` (another row's) or `constant`.
         question_first: whether the question also stands before the picture in the prompt.
         film: whether the question also scales and shifts the projector's hidden units, which is not EMMA.
+        attention: whether the question also weights the tokens that are averaged, which is not EMMA either.
     """
 
     title: str
@@ -36,6 +37,12 @@ class Arm:
     instruction: str = "own"
     question_first: bool = False
     film: bool = False
+    attention: bool = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether what the image becomes depends on an instruction."""
+        return self.text or self.film or self.attention
 
 
 ARMS = {
@@ -46,6 +53,7 @@ ARMS = {
     "E": Arm("EMMA, constant instruction", mixing=True, text=True, instruction="constant"),
     "F": Arm("question before the picture", question_first=True),
     "G": Arm("FiLM, an upper bound that is not EMMA", mixing=True, film=True),
+    "H": Arm("attention by the question, another upper bound", mixing=True, attention=True),
 }
 _ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)(?:-w(\d+))?")
 
@@ -125,6 +133,12 @@ class Row:
         return cls(arm, int(tokens), int(depth), int(seed), float(rate), int(width) if width else None)
 
 
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class ReplicationModel(nn.Module):
     """emma-tiny with its text term folded into an offset, and what its arm adds.
 
@@ -164,26 +178,29 @@ class ReplicationModel(nn.Module):
         self.language_model = model.model.language_model.requires_grad_(True)
         self.language_model.layers = layers[: row.depth]
         self.lm_head = model.lm_head.requires_grad_(True)
+        # Zero: no gain and no shift, and equal weights, at the start.
+        width = config.instruction_config.hidden_size
         if self.arm.film:
-            # Zero: no gain and no shift at the start.
-            hidden = self.projector.linear_1.out_features
-            self.film = nn.Linear(config.instruction_config.hidden_size, 2 * hidden)
-            nn.init.zeros_(self.film.weight)
-            nn.init.zeros_(self.film.bias)
-            self.film_mean, self.film_scale = torch.zeros(()), torch.ones(())
+            self.film = _zero(nn.Linear(width, 2 * self.projector.linear_1.out_features))
+        if self.arm.attention:
+            self.query = _zero(nn.Linear(width, self.projector.linear_2.out_features))
+        self.end_mean, self.end_scale = torch.zeros(()), torch.ones(())
         self.narrow: nn.Module = nn.Identity()
         self.train(False)
 
-    def standardize_film(self, end_tokens: torch.Tensor) -> None:
-        """Let FiLM read end tokens in units of their spread over questions, around their mean.
+    def standardize_end_tokens(self, end_tokens: torch.Tensor) -> None:
+        """Let the upper bounds read end tokens around their mean, in units of their spread over questions.
 
-        As they are, nine tenths of their norm is the same for all questions, and a step of the optimizer moves the gain
-        of all by 1: the upper bound would be one of its own training.
+        Nine tenths of an end token's norm are the same for every question: a step of the optimizer would move the gain
+        of all questions by 1.
 
         Args:
             end_tokens: H at the end tokens of some questions, (questions, instruction width).
         """
-        self.film_mean, self.film_scale = end_tokens.mean(0), end_tokens.std(0)
+        self.end_mean, self.end_scale = end_tokens.mean(0), end_tokens.std(0)
+
+    def _end_tokens(self, instruction_features: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return (instruction_features[torch.arange(len(ends)), ends] - self.end_mean) / self.end_scale
 
     @torch.no_grad()
     def narrow_tokens(self, width: int, images: torch.Tensor) -> None:
@@ -210,7 +227,7 @@ class ReplicationModel(nn.Module):
     def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
         """Parameters that are trained, for an optimizer: what reads the instruction at `text_rate` times the rate."""
         readers = [self.text_weight, *self.instruction_projection.parameters()] if self.arm.text else []
-        readers += self.film.parameters() if self.arm.film else []
+        readers += [each for name in ("film", "query") for each in getattr(self, name, nn.Identity()).parameters()]
         known = {id(parameter) for parameter in readers}
         others = [each for each in self.parameters() if each.requires_grad and id(each) not in known]
         groups = [{"params": others, "lr": learning_rate}]
@@ -237,9 +254,7 @@ class ReplicationModel(nn.Module):
         """What the projector's activation is given, (images, visual tokens, hidden width)."""
         hidden = self.projector.linear_1(self.fused(vision_features, instruction_features))
         if self.arm.film:
-            end_tokens = instruction_features[torch.arange(len(ends)), ends]
-            end_tokens = (end_tokens - self.film_mean) / self.film_scale
-            gain, shift = self.film(end_tokens)[:, None].chunk(2, dim=-1)
+            gain, shift = self.film(self._end_tokens(instruction_features, ends))[:, None].chunk(2, dim=-1)
             hidden = hidden * (1 + gain) + shift
         return hidden
 
@@ -249,7 +264,7 @@ class ReplicationModel(nn.Module):
         instruction_features: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """Z averaged over squares of the grid, (images, K, text width).
+        """Z averaged over squares of the grid, (images, K, text width); H weights what is averaged by the question.
 
         Args:
             vision_features: V, (images, visual tokens, vision width).
@@ -260,7 +275,12 @@ class ReplicationModel(nn.Module):
         features = projector.linear_2(projector.act(self.hidden(vision_features, instruction_features, ends)))
         block = self.side // self.pooled_side
         grid = features.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
-        return self.narrow(grid.mean(dim=(2, 4)).flatten(1, 2))
+        squares = grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if not self.arm.attention:
+            return self.narrow(squares.mean(2))
+        query = self.query(self._end_tokens(instruction_features, ends))
+        weights = torch.einsum("iktw,iw->ikt", squares, query).div(math.sqrt(query.shape[-1])).softmax(-1)
+        return self.narrow(torch.einsum("ikt,iktw->ikw", weights, squares))
 
     def forward(
         self,

@@ -19,6 +19,7 @@ SIGNIFICANCE = 0.05
 # Colors that remain apart for readers who confuse red and green (Okabe and Ito), on light and dark paper alike.
 COLORS = {
     "A": "#999999", "B": "#56B4E9", "C": "#D55E00", "D": "#E69F00", "E": "#009E73", "F": "#0072B2", "G": "#CC79A7",
+    "H": "#F0E442",
 }  # fmt: skip
 
 

@@ -137,9 +137,9 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
     tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
     images = vision_features(tiny, processor, budget.images, work / f"vision_features-{budget.images}.f16")
     model = ReplicationModel(tiny, row, mean_text_term(tiny, processor, budget))
-    if model.arm.film:
+    if model.arm.film or model.arm.attention:
         features, ends = _read(model, tiny, _some_instructions(processor, budget), processor)
-        model.standardize_film(features[torch.arange(len(ends)), ends])
+        model.standardize_end_tokens(features[torch.arange(len(ends)), ends])
     if row.width is not None:
         model.narrow_tokens(row.width, _features_at_the_start(model, tiny, images, processor))
     training = _training_rows(row.seed, budget, processor, work)
@@ -264,7 +264,7 @@ def _read(
     model: ReplicationModel, tiny: EmmaForConditionalGeneration, instructions: torch.Tensor, processor: EmmaProcessor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """H and the end tokens of instructions; of no rows where the arm does not read them."""
-    if not (model.arm.text or model.arm.film):
+    if not model.arm.reads:
         return torch.empty(0), torch.empty(0, dtype=torch.long)
     return tiny.model.get_instruction_features(instructions), end_tokens(instructions, processor)
 
@@ -325,7 +325,7 @@ def _test_instructions(questions: list[Any], row: Row, processor: EmmaProcessor)
             "constant": [CONSTANT_INSTRUCTION] * len(own),
         }[ARMS[row.arm].instruction]
     }
-    if ARMS[row.arm].text or ARMS[row.arm].film:
+    if ARMS[row.arm].reads:
         others = swap_instructions({str(index): (each.family, each.text) for index, each in enumerate(questions)})
         swapped = [others[str(index)] for index in range(len(own))]
         texts |= {"own": own, "swapped": swapped, "empty": [""] * len(own)}
