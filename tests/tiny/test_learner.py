@@ -15,6 +15,15 @@ def rows(untrained):
     return TinyEmmaDataset("finetune", features, untrained[0], 80, batch_size=4, seed=0)
 
 
+@pytest.fixture(scope="module")
+def untrained(untrained):
+    """The untrained model as a learner."""
+    processor, model = untrained
+    learner = TinyLearner(model.config).eval()
+    learner.load_state_dict(model.state_dict())
+    return processor, learner
+
+
 def batch_of(rows, kind: RowKind, processor, count: int = 4) -> dict[str, torch.Tensor]:
     indices = [index for index in range(len(rows)) if rows.kind(index) is kind][:count]
     return TinyEmmaCollator(processor)([rows[index] for index in indices])

@@ -106,7 +106,12 @@ class SequentialEmmaTrainer(SequentialTrainer, EmmaTrainer):
     adam_share = 1.0
 
 
-def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> TinyLearner:
+def untrained_tiny(
+    folder: Path,
+    processor: EmmaProcessor,
+    seed: int,
+    model_class: type[EmmaForConditionalGeneration] = EmmaForConditionalGeneration,
+) -> EmmaForConditionalGeneration:
     """EMMA with the two towers of the CLIP in a folder and random weights in everything else."""
     set_seed(seed)
     clip = CLIPModel.from_pretrained(folder)
@@ -124,7 +129,7 @@ def untrained_tiny(folder: Path, processor: EmmaProcessor, seed: int) -> TinyLea
         image_token_index=PROMPT_VOCABULARY,
         instruction_length=processor.instruction_length,
     )
-    model = TinyLearner(config)
+    model = model_class(config)
     unwrap_clip_model(model.model.vision_tower).load_state_dict(unwrap_clip_model(clip.vision_model).state_dict())
     unwrap_clip_model(model.model.instruction_encoder).load_state_dict(unwrap_clip_model(clip.text_model).state_dict())
     return model
@@ -134,7 +139,7 @@ def _train_stage(
     stage: str, output: Path, processor: EmmaProcessor, budget: Budget, seed: int, overrides: dict
 ) -> None:
     if stage == "pretrain":
-        model = untrained_tiny(output / "clip", processor, seed)
+        model = untrained_tiny(output / "clip", processor, seed, TinyLearner)
         rows, rate = budget.pretrain_rows, budget.pretrain_rate
     else:
         # At these small sizes the plain attention is faster than the fused one.
