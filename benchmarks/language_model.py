@@ -28,7 +28,7 @@ from common import (
     random_batch,
     ratio,
 )
-from vision import operations
+from vision import operations, verify
 
 # New tokens of two generations, whose difference in time is that of the tokens between.
 SHORT, LONG = 4, 36
@@ -56,10 +56,8 @@ def measure_prefill(report: Report, emma: torch.nn.Module, llava: torch.nn.Modul
             "emma": partial(emma, **inputs, logits_to_keep=1),
             "llava": partial(llava, **for_llava(inputs), logits_to_keep=1),
         }
-        ours, theirs = (run().logits.float() for run in alternatives.values())
-        difference = (ours - theirs).abs().max() / theirs.abs().max()
-        if not difference <= 16 * torch.finfo(dtype).eps:
-            raise SystemExit(f"The logits differ by {difference:.2e} of the largest; no time is worth printing.")
+        ours, theirs = (run().logits for run in alternatives.values())
+        verify(f"{words} words, logits", ours, theirs, tolerance=16)
         times = in_turns(alternatives, args.runs, f"prefill, {words} words")
         attention = 4 * (VISUAL_TOKENS + words) ** 2 * emma.config.text_config.hidden_size * len(decoder)
         total = 2 * weights * (VISUAL_TOKENS + words) + attention + sum(operations())
