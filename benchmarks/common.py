@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from typing import TypeVar
 
 import torch
 import transformers
+from torch import nn
 from tqdm import tqdm
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 import emma_hf
 from emma_hf import EmmaConfig, EmmaForConditionalGeneration
+from emma_hf.storage.tensors import MemoryTensor, write_shards
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "tests" / "fixtures" / "reference"
@@ -80,6 +83,57 @@ def llava_of(emma: EmmaForConditionalGeneration) -> LlavaForConditionalGeneratio
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
     return llava
+
+
+def shapes_of(model: type[nn.Module], config: object) -> dict[str, torch.Size]:
+    """Names and shapes of a model's weights, without the weights."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in model(config).state_dict().items()}
+
+
+def linear(inputs: int, outputs: int) -> dict[str, torch.Size]:
+    """Shapes of a linear layer's weights."""
+    return {"weight": torch.Size((outputs, inputs)), "bias": torch.Size((outputs,))}
+
+
+def float16_bytes(shapes: dict[str, torch.Size]) -> int:
+    return sum(2 * shape.numel() for shape in shapes.values())
+
+
+def random_tensors(shapes: dict[str, torch.Size]) -> dict[str, MemoryTensor]:
+    """Weights of small random numbers, norms of ones. One block serves all tensors: what matters is their size."""
+    largest = max(shape.numel() for shape in shapes.values())
+    noise = 0.02 * torch.randn(largest, generator=torch.Generator().manual_seed(0))
+    noise, ones = noise.half(), torch.ones(largest, dtype=torch.float16)
+    blocks = {name: ones if "norm" in name and name.endswith("weight") else noise for name in shapes}
+    return {name: MemoryTensor(blocks[name][: shape.numel()].reshape(shape)) for name, shape in shapes.items()}
+
+
+def write_language_model(folder: Path, config: LlamaConfig, vision_width: int, shard_size: int) -> int:
+    """Write the recorded checkpoint of the authors' layout to `folder`, with a random language model of another size.
+
+    Args:
+        vision_width: inputs of the projector, which is random as well.
+        shard_size: bytes of a file.
+
+    Returns:
+        Bytes of language model and projector.
+    """
+    shutil.copytree(REFERENCE / "original", folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    shapes, width = shapes_of(LlamaForCausalLM, config), config.hidden_size
+    for layer, inputs in (("0", vision_width), ("2", width)):
+        shapes |= {f"model.mm_projector.{layer}.{name}": shape for name, shape in linear(inputs, width).items()}
+    write_shards(folder, random_tensors(shapes), shard_size)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("vocab_size", "max_position_embeddings")
+    edit_json(folder / "config.json", mm_hidden_size=vision_width, **{name: getattr(config, name) for name in names})
+    return float16_bytes(shapes)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def random_batch(rows: int, words: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

@@ -15,12 +15,22 @@ import time
 from pathlib import Path
 
 import torch
-from common import REFERENCE, Report, argument_parser, in_turns, ratio, run_python
+from common import (
+    LANGUAGE_MODELS,
+    Report,
+    argument_parser,
+    float16_bytes,
+    in_turns,
+    ratio,
+    run_python,
+    shapes_of,
+    write_language_model,
+)
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from emma_hf.storage.tensors import MemoryTensor, write_shards
-
-WIDTH, INNER, VOCABULARY = 2048, 5504, 700
+# Of the recorded checkpoint's CLIP, which is converted as it is.
+VISION_WIDTH = 32
 SHARD = 256_000_000
 
 CONVERT = """
@@ -32,48 +42,13 @@ print(peak_resident())
 """
 
 
-def layer_shapes(index: int) -> dict[str, tuple[int, ...]]:
-    attention = {f"self_attn.{name}_proj.weight": (WIDTH, WIDTH) for name in "qkvo"}
-    mlp = {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}
-    norms = {"input_layernorm.weight": (WIDTH,), "post_attention_layernorm.weight": (WIDTH,)}
-    shapes = {**attention, **{f"mlp.{name}.weight": shape for name, shape in mlp.items()}, **norms}
-    return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
-
-
-def write_checkpoint(folder: Path, size: int) -> int:
-    """Write a checkpoint of about `size` bytes; returns how many it has."""
-    shutil.copytree(REFERENCE / "original", folder)
-    for path in folder.glob("model*"):
-        path.unlink()
-    shapes = {
-        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCABULARY, WIDTH),
-        "model.mm_projector.0.weight": (WIDTH, 32),
-        "model.mm_projector.0.bias": (WIDTH,),
-        "model.mm_projector.2.weight": (WIDTH, WIDTH),
-        "model.mm_projector.2.bias": (WIDTH,),
-    }
-    bytes_of = lambda table: sum(2 * torch.Size(shape).numel() for shape in table.values())  # noqa: E731
-    layers = round((size - bytes_of(shapes)) / bytes_of(layer_shapes(0)))
-    for index in range(layers):
-        shapes.update(layer_shapes(index))
-    # One random block serves all tensors: what matters is their size.
-    noise = torch.randn(INNER * WIDTH, generator=torch.Generator().manual_seed(0)).half()
-    tensors = {name: MemoryTensor(noise[: torch.Size(shape).numel()].reshape(shape)) for name, shape in shapes.items()}
-    write_shards(folder, tensors, SHARD)
-    path = folder / "config.json"
-    heads = WIDTH // 128
-    values = {
-        **json.loads(path.read_text()),
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-    }
-    path.write_text(json.dumps(values))
-    return bytes_of(shapes)
+def language_model(size: int) -> LlamaConfig:
+    """A language model of width 2048 with as many layers as have about `size` bytes."""
+    config = LlamaConfig(**LANGUAGE_MODELS["1b"], vocab_size=700)
+    shapes = shapes_of(LlamaForCausalLM, config)
+    layer = float16_bytes({name: shape for name, shape in shapes.items() if ".layers.0." in name})
+    config.num_hidden_layers += round((size - float16_bytes(shapes)) / layer)
+    return config
 
 
 def verify(source: Path, output: Path) -> None:
@@ -106,7 +81,10 @@ def main() -> None:
     report = Report("convert", args)
     with tempfile.TemporaryDirectory() as folder:
         sources = {size: Path(folder) / str(size) for size in sorted(args.gigabytes)}
-        written = {size: write_checkpoint(source, int(size * 1e9)) for size, source in sources.items()}
+        written = {
+            size: write_language_model(source, language_model(int(size * 1e9)), VISION_WIDTH, SHARD)
+            for size, source in sources.items()
+        }
         found = in_turns(sources, args.runs, "conversions", convert, warmup=0)
     idle = int(run_python("import emma_hf.conversion.converter, memory; print(memory.peak_resident())"))
     peaks = {size: [each["peak"] for each in runs] for size, runs in found.items()}

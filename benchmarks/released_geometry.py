@@ -22,11 +22,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LANGUAGE_MODELS, REFERENCE, Report, argument_parser, in_turns, llava_of, ratio, run_python, seconds
+from common import (
+    LANGUAGE_MODELS,
+    Report,
+    argument_parser,
+    edit_json,
+    in_turns,
+    linear,
+    llava_of,
+    random_tensors,
+    ratio,
+    run_python,
+    seconds,
+    shapes_of,
+    write_language_model,
+)
 from memory import sampled_peak
 from PIL import Image
 from safetensors import safe_open
-from torch import nn
 from transformers import CLIPConfig, CLIPModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 from vision import verify
 
@@ -35,7 +48,7 @@ from emma_hf.conversion import convert, reverse
 from emma_hf.hub import export
 from emma_hf.model.compat_emma import CACHE_NAME
 from emma_hf.model.quantization_emma import bitsandbytes_config
-from emma_hf.storage.tensors import MemoryTensor, write_shards
+from emma_hf.storage.tensors import write_shards
 
 SHARD = 5_000_000_000
 # Vision and text tower of CLIP ViT-L/14 at 336 pixels, and small ones with fewer patches.
@@ -73,21 +86,6 @@ def sizes(size: str, layers: int, towers: str, vocabulary: int) -> dict[str, obj
     }
 
 
-def shapes_of(model: type[nn.Module], config: object) -> dict[str, torch.Size]:
-    """Names and shapes of a model's weights, without the weights."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in model(config).state_dict().items()}
-
-
-def random_tensors(shapes: dict[str, torch.Size]) -> dict[str, MemoryTensor]:
-    """Weights of small random numbers, norms of ones. One block serves all tensors: what matters is their size."""
-    largest = max(shape.numel() for shape in shapes.values())
-    noise = 0.02 * torch.randn(largest, generator=torch.Generator().manual_seed(0))
-    noise, ones = noise.half(), torch.ones(largest, dtype=torch.float16)
-    blocks = {name: ones if "norm" in name and name.endswith("weight") else noise for name in shapes}
-    return {name: MemoryTensor(blocks[name][: shape.numel()].reshape(shape)) for name, shape in shapes.items()}
-
-
 def train_tokenizer(path: Path, vocabulary: int) -> None:
     """Write a SentencePiece model of byte pairs, in the form of Llama's, trained on Python's own source."""
     import sentencepiece
@@ -103,17 +101,12 @@ def train_tokenizer(path: Path, vocabulary: int) -> None:
 
 def write_checkpoint(folder: Path, size: str, layers: int, towers: str, vocabulary: int) -> int:
     """Write a random checkpoint in the authors' layout, CLIP in `clip/`. Returns the bytes of the language model."""
-    shutil.copytree(REFERENCE / "original", folder, ignore=shutil.ignore_patterns("model*"))
     parts = sizes(size, layers, towers, vocabulary)
     language, clip, tokens = parts["language"], parts["clip"], parts["visual_tokens"]
+    vision_width, text_width = clip.vision_config.hidden_size, clip.text_config.hidden_size
+    written = write_language_model(folder, language, vision_width, SHARD)
+    edit_json(folder / "config.json", tokenizer_model_max_length=2048)
     train_tokenizer(folder / "tokenizer.model", vocabulary)
-    vision_width, text_width, width = (
-        clip.vision_config.hidden_size, clip.text_config.hidden_size, language.hidden_size,
-    )  # fmt: skip
-    shapes = shapes_of(LlamaForCausalLM, language)
-    for name, inputs in (("0", vision_width), ("2", width)):
-        shapes |= {f"model.mm_projector.{name}.{kind}": shape for kind, shape in linear(inputs, width).items()}
-    write_shards(folder, random_tensors(shapes), SHARD)
     write_shards(folder / "clip", random_tensors(shapes_of(CLIPModel, clip)), SHARD)
     # As an untrained EMMA: the visual part passes V on, the text part adds nothing.
     alignment = torch.eye(tokens, tokens + INSTRUCTION_LENGTH)
@@ -124,10 +117,6 @@ def write_checkpoint(folder: Path, size: str, layers: int, towers: str, vocabula
         "model.vision_tower.image_text_infusion.bias": torch.zeros(tokens),
     }
     torch.save(fusion, folder / "vision_tower.bin")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    changes = {name: getattr(language, name) for name in names}
-    changes |= {"num_key_value_heads": language.num_attention_heads, "max_position_embeddings": 4096}
-    edit_json(folder / "config.json", mm_hidden_size=vision_width, tokenizer_model_max_length=2048, **changes)
     edit_json(
         folder / "clip" / "config.json",
         vision_config=clip.vision_config.to_dict(),
@@ -135,15 +124,7 @@ def write_checkpoint(folder: Path, size: str, layers: int, towers: str, vocabula
     )
     edges = {"height": clip.vision_config.image_size, "width": clip.vision_config.image_size}
     edit_json(folder / "clip" / "preprocessor_config.json", crop_size=edges, size={"shortest_edge": edges["height"]})
-    return sum(2 * shape.numel() for shape in shapes.values())
-
-
-def linear(inputs: int, outputs: int) -> dict[str, torch.Size]:
-    return {"weight": torch.Size((outputs, inputs)), "bias": torch.Size((outputs,))}
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return written
 
 
 def samples(folder: Path) -> dict[str, str]:
@@ -290,6 +271,8 @@ def main() -> None:
     layers = args.layers or LANGUAGE_MODELS[args.size]["num_hidden_layers"]
     report = Report("released_geometry", args)
     report.about["arguments"].pop("folder")
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         source, converted, copied = (Path(place) / name for name in ("source", "converted", "copied"))
         written = write_checkpoint(source, args.size, layers, args.towers, args.vocabulary)

@@ -168,10 +168,14 @@ def test_the_released_geometry_is_measured_at_any_size(tmp_path):
         "2",
         "--output",
         str(tmp_path),
+        "--folder",
+        str(tmp_path / "not" / "yet"),
         *size,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    # Made, and left empty.
+    assert list((tmp_path / "not" / "yet").iterdir()) == []
     tables = json.loads((tmp_path / "released_geometry.json").read_text())["tables"]
     (parts,) = (rows for name, rows in tables.items() if name.startswith("A checkpoint of"))
     assert all(row["time, s"] > 0 for row in parts)
