@@ -263,9 +263,10 @@ def test_gradients_reach_a_tower_that_is_trained_and_pixels_that_ask_for_them():
     assert unwrap_clip_model(model.model.vision_tower).encoder.layers[3].mlp.fc1.weight.grad is None
 
 
+@pytest.mark.parametrize("visual_tokens", [None, 5])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    model = tiny_model().train()
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, visual_tokens):
+    model = tiny_model(visual_tokens=visual_tokens).train()
     inputs = tiny_inputs(model, images=(1, 1))
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -558,15 +559,18 @@ def test_a_compiled_forward_gives_the_same_logits_and_still_counts_images():
 
 
 @pytest.mark.slow
-def test_a_forward_compiled_to_code_gives_the_same_logits():
-    model = tiny_model()
+@pytest.mark.parametrize("visual_tokens", [None, 5])
+def test_a_forward_compiled_to_code_gives_the_same_logits(visual_tokens):
+    torch._dynamo.reset()
+    model = tiny_model(visual_tokens=visual_tokens)
     inputs = tiny_inputs(model, images=(1, 2))
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(**inputs).logits
         torch.testing.assert_close(compiled, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_vision_path_exports_with_a_dynamic_batch():
+@pytest.mark.parametrize("visual_tokens", [None, 5])
+def test_the_vision_path_exports_with_a_dynamic_batch(visual_tokens):
     class VisionPath(torch.nn.Module):
         def __init__(self, model):
             super().__init__()
@@ -575,7 +579,7 @@ def test_the_vision_path_exports_with_a_dynamic_batch():
         def forward(self, pixel_values, instruction_input_ids):
             return self.model.get_image_features(pixel_values, instruction_input_ids).pooler_output
 
-    model = tiny_model()
+    model = tiny_model(visual_tokens=visual_tokens)
     inputs = tiny_inputs(model, images=(3,))
     arguments = (inputs["pixel_values"], inputs["instruction_input_ids"])
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -613,14 +617,22 @@ def test_too_few_and_too_many_placeholders_are_named():
     inputs = tiny_inputs(model, images=(1, 1))
     more = {**inputs, "pixel_values": torch.randn(3, 3, 28, 28), "instruction_input_ids": torch.zeros(3, 77).long()}
     with pytest.raises(
-        ValueError, match=r"^Image features and image tokens do not match: 32 tokens .*\[1, 1\].*48 feat"
+        ValueError,
+        match=r"^Image features and image tokens do not match: 32 tokens .*\[16, 16\].*48 feat.*\(3 images\)",
     ):
         model(**more)
     with pytest.raises(ValueError, match=r"^Image features and image tokens do not match: 32 tokens .* but 0 features"):
         model(input_ids=inputs["input_ids"])
     cut = {**inputs, "input_ids": inputs["input_ids"][:, :10], "attention_mask": inputs["attention_mask"][:, :10]}
-    with pytest.raises(ValueError, match=r"^Image features and image tokens do not match.*row 0 holds 8\b"):
+    with pytest.raises(
+        ValueError, match=r"^Image features and image tokens do not match.*by row: \[8, 8\].*raise `max_length`"
+    ):
         model(**cut)
+    # As many as there are features, and yet none of the rows holds whole images.
+    uneven = inputs["input_ids"].clone()
+    uneven[0, 2], uneven[1, 0] = 5, model.config.image_token_index
+    with pytest.raises(ValueError, match=r"32 tokens \(16 for each image; by row: \[15, 17\]\), but 32 features"):
+        model(**{**inputs, "input_ids": uneven})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from support.kernel_marks import DEVICE, needs_kernels
-from support.models import tiny_config, tiny_inputs, tiny_model
+from support.models import kept_features, logits_around, tiny_config, tiny_inputs, tiny_model
 from torch import nn
 
 from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
@@ -205,18 +205,12 @@ def test_all_tokens_kept_is_the_same_model_bit_for_bit(dtype, offset, monkeypatc
 def test_a_prompt_holds_the_kept_tokens_of_the_whole_model():
     model, whole = tiny_model(visual_tokens=5), tiny_model()
     inputs = tiny_inputs(model, images=(2, 1))
-    v = whole.get_vision_features(inputs["pixel_values"])
-    z = whole.get_image_features(vision_features=v, instruction_input_ids=inputs["instruction_input_ids"]).pooler_output
-    z = z.gather(1, select_diverse(v, 5)[..., None].expand(-1, -1, z.shape[-1]))
+    v, z = whole.get_vision_features(inputs["pixel_values"]), kept_features(whole, inputs, 5)
     outputs = model(**inputs)
     torch.testing.assert_close(outputs.image_hidden_states, z, atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs.image_outputs.last_hidden_state, v)
 
-    # The language model alone, at the positions that so short a prompt has.
-    embeddings = whole.get_input_embeddings()(inputs["input_ids"])
-    embeddings[inputs["input_ids"] == model.config.image_token_index] = z.flatten(0, 1)
-    hidden = whole.model.language_model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
-    torch.testing.assert_close(outputs.logits, whole.lm_head(hidden.last_hidden_state), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs.logits, logits_around(whole, inputs, z), atol=1e-4, rtol=1e-4)
 
     # From what was encoded before.
     del inputs["pixel_values"]
@@ -225,6 +219,24 @@ def test_a_prompt_holds_the_kept_tokens_of_the_whole_model():
     torch.testing.assert_close(model(**inputs, image_features=z).logits, outputs.logits, atol=1e-4, rtol=1e-4)
     encoding = model.encode_image(tiny_inputs(model, images=(2, 1))["pixel_values"])
     torch.testing.assert_close(encoding.image_features(ids), z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_prompt_in_half_precision_is_as_exact_as_with_all_tokens_computed(dtype):
+    model, whole = tiny_model(visual_tokens=5).to(dtype), tiny_model().to(dtype)
+    inputs = tiny_inputs(model, images=(2, 1))
+    with torch.no_grad():
+        found, plain = model(**inputs), kept_features(whole, inputs, 5)
+        # From the same V, of which double precision chooses the same tokens.
+        v = whole.get_vision_features(inputs.pop("pixel_values")).double()
+        exact = tiny_model(visual_tokens=5).double()(**inputs, vision_features=v)
+        plain_logits = logits_around(whole, inputs, plain)
+    assert found.logits.dtype == dtype
+    for one, other, truth in (
+        (found.image_hidden_states, plain, exact.image_hidden_states),
+        (found.logits, plain_logits, exact.logits),
+    ):
+        assert (one - truth).norm() <= 1.2 * (other - truth).norm()
 
 
 @pytest.mark.parametrize("offset", [False, True])
@@ -312,13 +324,16 @@ def test_a_config_that_was_made_can_be_changed():
 
 
 def test_a_processor_of_another_number_is_refused():
-    inputs = tiny_inputs(tiny_model(visual_tokens=4))
-    remedy = "oad the processor with the model's `visual_tokens`"
-    for kept in (5, 16):
-        with pytest.raises(ValueError, match=f"stands for {kept} placeholder tokens, but row 0 holds 4.*{remedy}"):
-            tiny_model(visual_tokens=kept)(**inputs)
-    with pytest.raises(ValueError, match=f"do not match: 4 tokens .* but 2 features .*{remedy}"):
-        tiny_model(visual_tokens=2)(**inputs)
+    inputs = tiny_inputs(tiny_model(visual_tokens=4), images=(1, 1))
+    for kept in (2, 5, 16):
+        message = (
+            f"^Image features and image tokens do not match: 8 tokens .4 for each image; .* but {2 * kept} features .2 "
+            f"images.. An image stands for as many tokens as the model keeps visual tokens of it, {kept}.* load the "
+            f"processor .* `EmmaProcessor.from_pretrained.*, visual_tokens={kept}.`"
+        )
+        for call in ("__call__", "generate"):
+            with pytest.raises(ValueError, match=message):
+                getattr(tiny_model(visual_tokens=kept), call)(**inputs)
 
 
 @pytest.mark.parametrize("value", [0, -1, 17, 2.5, "4", True])

@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from emma_hf import EMMA_TINY, EmmaConfig, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.model.token_selection_emma import select_diverse
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.scenes import Scene
 
@@ -60,6 +61,24 @@ def tiny_inputs(model: EmmaForConditionalGeneration, images: tuple[int, ...] = (
     return inputs
 
 
+def kept_features(whole: EmmaForConditionalGeneration, inputs: dict[str, torch.Tensor], kept: int) -> torch.Tensor:
+    """Z of the visual tokens that `kept` chooses, taken from those of a model that keeps and computes all."""
+    v = whole.get_vision_features(inputs["pixel_values"])
+    z = whole.get_image_features(vision_features=v, instruction_input_ids=inputs["instruction_input_ids"]).pooler_output
+    return z.gather(1, select_diverse(v, kept)[..., None].expand(-1, -1, z.shape[-1]))
+
+
+def logits_around(
+    model: EmmaForConditionalGeneration, inputs: dict[str, torch.Tensor], features: torch.Tensor
+) -> torch.Tensor:
+    """Logits of the language model alone, at the positions of a prompt whose placeholders are Z (images, K, width)."""
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).clone()
+    embeddings[inputs["input_ids"] == model.config.image_token_index] = features.flatten(0, 1).to(embeddings)
+    language_model = model.model.language_model
+    hidden = language_model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"]).last_hidden_state
+    return model.lm_head(hidden)
+
+
 def save_trainable(folder: Path, processor, seed: int = 0) -> Path:
     """A model of width 64 with random weights that can learn, with the processor of the recorded checkpoint.
 
@@ -93,13 +112,15 @@ def make_attentive(model: EmmaForConditionalGeneration) -> EmmaForConditionalGen
     return model
 
 
-def save_listening(folder: Path) -> Path:
+def save_listening(folder: Path, visual_tokens: int | None = None) -> Path:
     """emma-tiny with random weights between instruction and visual tokens, so large that the instruction decides words.
 
     The answers of the trained one hardly depend on it: they cannot tell whether an engine gave it the right one.
     """
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval()
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY, visual_tokens=visual_tokens)
+    model = EmmaForConditionalGeneration.from_pretrained(
+        EMMA_TINY, visual_tokens=visual_tokens, dtype=torch.float32
+    ).eval()
     weight = model.model.modality_adaptation.visual_alignment.weight
     content = [{"type": "image"}, {"type": "text", "text": "Describe the picture."}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -444,25 +444,22 @@ class EmmaModel(EmmaPreTrainedModel):
         else:
             index = torch.tensor(self.config.image_token_index, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(index)).all(-1)
-        expected = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        images = 0 if image_features is None else image_features.shape[0]
+        length = self.config.image_seq_length
+        expected = images * length
         if torch.compiler.is_compiling():
             torch._assert_async(mask.sum() == expected, "Image features and image tokens do not match")
             return mask
         per_row = mask.sum(-1).tolist()
-        length = self.config.image_seq_length
-        for row, tokens in enumerate(per_row):
-            if tokens % length:
-                raise EmmaError(
-                    f"Image features and image tokens do not match: an image stands for {length} placeholder tokens, "
-                    f"but row {row} holds {tokens}. Do not cut a prompt inside an image: raise `max_length`, and "
-                    "leave out `prefill_chunk_size`. Load the processor with the model's `visual_tokens`."
-                )
-        if sum(per_row) != expected:
+        if sum(per_row) != expected or any(tokens % length for tokens in per_row):
+            each = f"{sum(per_row) / images:g} for each image; " if images else ""
             raise EmmaError(
-                f"Image features and image tokens do not match: {sum(per_row)} tokens (images per row: "
-                f"{[tokens // length for tokens in per_row]}), but {expected} features ({expected // length} images). "
-                "Pass one image for each `<image>` in the prompts, in their order, and no `prefill_chunk_size`; load "
-                "the processor with the model's `visual_tokens`."
+                f"Image features and image tokens do not match: {sum(per_row)} tokens ({each}by row: {per_row}), but "
+                f"{expected} features ({images} images). An image stands for as many tokens as the model keeps visual "
+                f"tokens of it, {length}. Pass one image for each `<image>` in the prompts, in their order; load the "
+                f"processor with the model's `visual_tokens`: `EmmaProcessor.from_pretrained(..., visual_tokens="
+                f"{length})`; do not cut a prompt inside an image: raise `max_length`, and leave out "
+                "`prefill_chunk_size`."
             )
         return mask
 
