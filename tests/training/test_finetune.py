@@ -10,6 +10,7 @@ import torch
 import transformers
 from support.rows import save_rows
 
+from emma_hf import EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.training.finetune import parse
@@ -67,6 +68,21 @@ def test_each_stage_learns_eight_rows(train, tmp_path, stage, more):
     assert stage == "pretrain" or all(sample["answer"] == sample["expected"] for sample in samples)
 
 
+def test_fewer_visual_tokens(train, tmp_path, trainable):
+    # The first step warms up.
+    assert train("lora", "--visual-tokens", "2", *options(3, 1e-3), "--lora_r", "2") == 0
+    merged = tmp_path / "out" / "merged"
+    model = EmmaForConditionalGeneration.from_pretrained(merged)
+    assert model.config.visual_tokens == 2
+    for folder in (merged, tmp_path / "out"):
+        processor = EmmaProcessor.from_pretrained(folder)
+        assert (processor.image_seq_length, processor.vision_seq_length) == (2, 16)
+    whole = EmmaForConditionalGeneration.from_pretrained(trainable)
+    before, after = (each.model.modality_adaptation.visual_alignment.weight for each in (whole, model))
+    # Rows of tokens that were never chosen are as they were.
+    assert 2 <= (before != after).any(1).sum() < 16
+
+
 @pytest.mark.parametrize("stage", ["finetune", "lora"])
 def test_what_a_stage_saves_loads_through_the_auto_classes(train, tmp_path, stage, processor, reference):
     rows = tmp_path / f"{stage}.json"
@@ -118,6 +134,7 @@ def test_the_defaults_are_the_authors(tmp_path):
         ("finetune", ["--train_data", "none.json"], "There is no file of rows at none.json"),
         ("finetune", ["--global_batch_size", "12"], "must be a multiple of the rows .* got 12 and 8 (1 times 8)"),
         ("pretrain", ["--image_folder", "."], "of pretrain.json: .*no picture at"),
+        ("pretrain", ["--visual_tokens", "17"], "`visual_tokens` must be a whole number from 1 to 16, .* got 17."),
     ],
 )
 def test_mistakes_are_told_in_a_line(train, capsys, stage, more, message):

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from support.models import make_attentive
+from support.models import kept_features, logits_around, make_attentive
 from support.recorded import GRADIENTS, authors_loss, recorded_inputs, recorded_labels
 from support.rows import save_rows
 from transformers import (
@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from emma_hf import EmmaError, EmmaForConditionalGeneration
+from emma_hf import EmmaError, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.data import ConversationDataset, DataCollator
 from emma_hf.model.chat_template_emma import SYSTEM_PROMPT
 from emma_hf.model.compat_emma import TRANSFORMERS_5
@@ -80,6 +80,35 @@ def test_the_recorded_batch_has_the_recorded_loss_and_gradients(
         expected = cases[f"train.grad|{theirs}"]
         actual = gradients.of[ours][: expected.shape[0]]
         assert (actual - expected).norm() <= 1e-3 * expected.norm(), theirs
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", [Trainer, EmmaTrainer])
+def test_fewer_visual_tokens_train_the_rows_of_those_that_are_chosen(trainable, reference, tmp_path, kind):
+    processor = EmmaProcessor.from_pretrained(trainable, visual_tokens=2)
+    rows = ConversationDataset(save_rows(tmp_path / "rows.json"), processor, reference / "images")
+    collate = DataCollator(processor)
+    batch = collate([rows[index] for index in range(8)])
+    # All tokens are computed, and their gradients are those of the ones that the prompts hold.
+    whole = EmmaForConditionalGeneration.from_pretrained(trainable, dtype=torch.float32)
+    logits = logits_around(whole, batch, kept_features(whole, batch, 2))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    gradients = Gradients()
+    trainer = kind(
+        model=EmmaForConditionalGeneration.from_pretrained(trainable, visual_tokens=2, dtype=torch.float32),
+        args=arguments(tmp_path, max_grad_norm=0.0, remove_unused_columns=False),
+        train_dataset=[rows[index] for index in range(8)],
+        data_collator=collate,
+        callbacks=[gradients],
+    )
+    assert trainer.train().training_loss == pytest.approx(loss.item(), rel=1e-4)
+    name = "model.modality_adaptation.visual_alignment.weight"
+    expected, found = whole.get_parameter(name).grad, gradients.of[name]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
+    learned = found.abs().sum(1) > 0
+    assert torch.equal(learned, expected.abs().sum(1) > 0)
+    assert 2 < learned.sum() < 16
 
 
 @pytest.fixture

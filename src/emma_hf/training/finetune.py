@@ -12,7 +12,7 @@ import pickle
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
@@ -53,6 +53,14 @@ class ScriptArguments:
     lora_alpha: int = field(default=256, metadata={"help": "scale of the adapter, times its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout probability of the adapter's inputs"})
     sample_answers: int = field(default=3, metadata={"help": "number of rows to answer at each evaluation"})
+    visual_tokens: int | None = field(
+        default=None, metadata={"help": "visual tokens to keep of each image; default: as stored"}
+    )
+
+    @property
+    def token_options(self) -> dict[str, int]:
+        """What both the model and its processor are loaded with."""
+        return {} if self.visual_tokens is None else {"visual_tokens": self.visual_tokens}
 
 
 def main(arguments: list[str]) -> None:
@@ -60,7 +68,7 @@ def main(arguments: list[str]) -> None:
     script, args = parse(arguments)
     figure_class()
     set_seed(args.seed)
-    processor = EmmaProcessor.from_pretrained(script.model)
+    processor = EmmaProcessor.from_pretrained(script.model, **script.token_options)
     train_data = _read_rows("--train_data", script.train_data, script, processor)
     eval_data = _read_rows("--eval_data", script.eval_data, script, processor) if script.eval_data else None
 
@@ -165,7 +173,7 @@ def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
 
 def load(script: ScriptArguments) -> EmmaForConditionalGeneration:
     """Load the model, in 4 bits for QLoRA."""
-    options = {}
+    options: dict[str, Any] = dict(script.token_options)
     if script.stage == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
