@@ -34,13 +34,17 @@ def scene() -> Image.Image:
     return draw(Scene.random(0), 112)
 
 
-@pytest.fixture(scope="module")
-def handler() -> EndpointHandler:
+def handler_of(folder: Path) -> EndpointHandler:
     """A handler of the classes of this process: what it does with requests is the same."""
     one = object.__new__(EndpointHandler)
-    one.processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    one.model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype="auto").eval()
+    one.processor = EmmaProcessor.from_pretrained(folder)
+    one.model = EmmaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
     return one
+
+
+@pytest.fixture(scope="module")
+def handler() -> EndpointHandler:
+    return handler_of(EMMA_TINY)
 
 
 def expected(handler, images, question: str = QUESTION, **kwargs) -> list[dict[str, str]]:
@@ -95,6 +99,19 @@ def test_several_pictures_and_an_instruction_reach_the_model(handler, scene, see
         images=scene, text="USER: <image>\n? ASSISTANT:", instructions="the star", return_tensors="pt"
     )
     assert seen["instruction_input_ids"].tolist() == ids["instruction_input_ids"].tolist()
+
+
+def test_a_repository_with_fewer_visual_tokens(handler, scene, tmp_path, monkeypatch):
+    short = handler_of(export(EMMA_TINY, tmp_path / "tiny", examples=[], visual_tokens=8))
+    inputs = {"image": in_base64(scene), "question": "Describe the picture."}
+    answer = short({"inputs": inputs, "parameters": {"max_new_tokens": 8}})
+    assert answer != expected(handler, [scene], inputs["question"])
+    # The repository that keeps all, loaded with as many.
+    monkeypatch.setattr(handler, "processor", EmmaProcessor.from_pretrained(EMMA_TINY, visual_tokens=8))
+    monkeypatch.setattr(handler.model.config, "visual_tokens", 8)
+    assert answer == expected(handler, [scene], inputs["question"])
+    with pytest.raises(ValueError, match="room for at most 63 pictures: got 64"):
+        short({"inputs": {"images": [scene] * 64, "question": QUESTION}})
 
 
 @pytest.fixture
@@ -303,11 +320,12 @@ print("REPLY " + json.dumps(reply))
 
 
 @pytest.mark.slow
-def test_an_endpoint_answers_from_the_folder_alone(handler, scene, tmp_path):
-    folder = export(EMMA_TINY, tmp_path / "tiny", examples=[])
+@pytest.mark.parametrize("visual_tokens", [None, 8])
+def test_an_endpoint_answers_from_the_folder_alone(scene, tmp_path, visual_tokens):
+    folder = export(EMMA_TINY, tmp_path / "tiny", examples=[], visual_tokens=visual_tokens)
     done = run_python(
         ENDPOINT, folder, in_base64(scene), QUESTION,
         cwd=tmp_path, importable=False, HF_MODULES_CACHE=str(tmp_path / "modules"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.split("REPLY ")[-1]) == expected(handler, [scene])
+    assert json.loads(done.stdout.split("REPLY ")[-1]) == expected(handler_of(folder), [scene])

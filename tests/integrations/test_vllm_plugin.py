@@ -8,6 +8,7 @@ import pytest
 from support.models import save_listening
 from support.processes import OFFLINE
 
+from emma_hf import EmmaProcessor
 from emma_hf.integrations.vllm_plugin import only_missing, register, with_instructions
 
 SYSTEM = "A chat between a curious user and an artificial intelligence assistant. "
@@ -20,8 +21,11 @@ def ids(processor, text: str, expanded: bool = False) -> list[int]:
     return [copy for token in tokens for copy in [token] * (length if token == processor.image_token_id else 1)]
 
 
+@pytest.mark.parametrize("visual_tokens", [None, 5])
 @pytest.mark.parametrize("expanded", [False, True], ids=["placeholder", "expanded"])
-def test_the_instruction_is_read_from_the_prompt(processor, expanded):
+def test_the_instruction_is_read_from_the_prompt(converted, expanded, visual_tokens):
+    processor = EmmaProcessor.from_pretrained(converted, visual_tokens=visual_tokens)
+
     def instructions(text: str, images: int) -> list[str]:
         return with_instructions({}, ids(processor, text, expanded), images, processor)["instructions"]
 
@@ -113,12 +117,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_vllm_answers_as_generate_does_with_every_cache_on(tmp_path):
+@pytest.mark.parametrize("visual_tokens", [None, 16])
+def test_vllm_answers_as_generate_does_with_every_cache_on(tmp_path, visual_tokens):
     pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own")
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
     done = subprocess.run(
-        [sys.executable, script, save_listening(tmp_path / "model")],
+        [sys.executable, script, save_listening(tmp_path / "model", visual_tokens)],
         capture_output=True,
         text=True,
         env=OFFLINE,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from support.checkpoints import edit
-from support.models import LANGUAGE_LINEARS, tiny_config, tiny_model
+from support.models import LANGUAGE_LINEARS, kept_features, logits_around, tiny_config, tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -297,6 +297,20 @@ def test_every_way_to_generate(name, inputs):
     assert torch.equal(*sampled)
     beams = model.generate(**inputs, **greedy, num_beams=3, return_dict_in_generate=True, output_scores=True)
     assert torch.isfinite(beams.sequences_scores).all()
+
+
+@pytest.mark.parametrize("name", ["nf4, double", "int8"])
+def test_fewer_visual_tokens(name):
+    prompt = "USER: <image>\nWhat colour is the star? ASSISTANT:"
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY, visual_tokens=12)
+    inputs = processor(images=draw(Scene.random(3)), text=prompt, return_tensors="pt")
+    model = load(name).eval()
+    with torch.no_grad():
+        expected = kept_features(model, inputs, 12)
+        model.config.visual_tokens = 12
+        outputs = model(**inputs)
+        assert (outputs.image_hidden_states - expected).norm() < 0.01 * expected.norm()
+        assert torch.equal(outputs.logits, logits_around(model, inputs, outputs.image_hidden_states))
 
 
 @pytest.mark.parametrize("name", ["nf4, double", "int8"])

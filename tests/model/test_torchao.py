@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from support.models import LANGUAGE_LINEARS
+from support.models import LANGUAGE_LINEARS, kept_features, logits_around
 from transformers import TorchAoConfig
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
@@ -41,6 +41,17 @@ def test_the_linears_of_the_language_model_are_quantized_and_nothing_else(kind, 
     again = EmmaForConditionalGeneration.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, after)
+
+
+def test_fewer_visual_tokens():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY, visual_tokens=12)
+    inputs = processor(images=draw(Scene.random(3)), text="USER: <image>\nWhich? ASSISTANT:", return_tensors="pt")
+    model = load(quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), visual_tokens=12).eval()
+    with torch.no_grad():
+        outputs = model(**inputs)
+        expected = kept_features(load().eval(), inputs, 12)
+        assert (outputs.image_hidden_states - expected).norm() < 0.01 * expected.norm()
+        assert torch.equal(outputs.logits, logits_around(model, inputs, outputs.image_hidden_states))
 
 
 def test_what_torchao_cannot_run_here_is_told():

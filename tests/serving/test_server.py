@@ -204,6 +204,32 @@ def test_settings(client, tiny):
 
 
 @serving
+def test_fewer_visual_tokens(client, monkeypatch):
+    started = []
+    monkeypatch.setattr("emma_hf.serving.server.serve", lambda *args: started.append(args[:2]))
+    options = ["--port", "0", "--dtype", "float32", "--device", "cpu", "--visual-tokens", "8"]
+    assert main(["serve", *options]) == 0
+    (fewer,) = started
+    cases = [(picture(seed), question) for seed in SEEDS for question in QUESTIONS]
+    expected = [generated(fewer, *case) for case in cases]
+    with served(*fewer) as address:
+        short = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        with ThreadPoolExecutor(4) as clients:
+            replies = list(clients.map(lambda case: ask(short, *case), cases))
+        found = [(reply.choices[0].message.content, reply.usage.completion_tokens) for reply in replies]
+        assert found == expected
+        assert streamed(short, *cases[0]) == (expected[0][0], "stop", expected[0][1])
+        parts = messages(data_url(picture(1)), "?")[0]["content"]
+        with pytest.raises(openai.BadRequestError, match="room for at most 63 pictures: got 64"):
+            short.chat.completions.create(
+                model="emma-tiny", messages=[{"role": "user", "content": [*parts[:1] * 64, parts[1]]}]
+            )
+    whole = [ask(client, *case) for case in cases]
+    assert [reply.usage.prompt_tokens - 64 + 8 for reply in whole] == [reply.usage.prompt_tokens for reply in replies]
+    assert [reply.choices[0].message.content for reply in whole] != [text for text, _ in found]
+
+
+@serving
 def test_a_seed_belongs_to_its_request(client):
     def sample(seed: int) -> str:
         return ask(client, picture(1), QUESTIONS[1], temperature=2, seed=seed, max_tokens=12).choices[0].message.content
