@@ -199,6 +199,11 @@ def ratio(over: list[float], under: list[float]) -> tuple[float, float, float]:
     return quartiles([above / below for above, below in zip(over, under)])
 
 
+def in_percent(figures: dict[str, float], middle: str = "share") -> tuple[float, float, float]:
+    """Middle, low and high of a figure of `emma_hf.evaluation.statistics`, in percent."""
+    return 100 * figures[middle], 100 * figures["low"], 100 * figures["high"]
+
+
 def run_python(code: str, *arguments: object) -> str:
     """The last line that `code` prints in a process of its own, which can import the modules of this folder."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])

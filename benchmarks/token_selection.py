@@ -2,19 +2,25 @@
 
 `diversity` is what `visual_tokens` does. The others are here to be compared with it: `random` tokens of each image;
 `attention`, those that the class token attends to most in the layer behind V; `both`, the determinantal point process
-with that attention as quality (arXiv 2506.10967, without its text). All are asked the same questions. The choice of
-the package is verified against the definition before anything is asked.
+with that attention as quality; `relevance`, CDPruner's rule (arXiv 2506.10967), that process with the cosine of each
+token to the question in CLIP's space. The sign is minus, as in CDPruner's code for LLaVA: tokens on a thing point away
+from its name, in emma-tiny, too. `+cos` is the other sign. The checkpoint has no projections into CLIP's space, so
+`clip_projections` fits them. All are asked the same questions. The choice of the package is verified against the
+definition before anything is asked.
 
     python benchmarks/token_selection.py [--questions 2000] [--captions 500] [--tokens 32 16 8] [--output FOLDER]
 """
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from common import Report, argument_parser, in_turns, quartiles, ratio
+from clip_projections import check, cosine_to_text, fit_projections
+from common import Report, argument_parser, in_percent, in_turns, quartiles, ratio
 from torch import nn
 from tqdm import tqdm
+from transformers import CLIPModel
 
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.evaluation.statistics import paired_difference, share
@@ -35,16 +41,35 @@ def load(kept: int | None) -> EmmaForConditionalGeneration:
     return EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, visual_tokens=kept, dtype=torch.float32).eval()
 
 
+@dataclass
+class Encoded:
+    """What tokens are chosen by.
+
+    Args:
+        features: V (images, N, width).
+        attention: the class token's attention to V in the next layer, mean over heads (images, N).
+        cosine: that of V to the question about the image in CLIP's space (images, N).
+    """
+
+    features: torch.Tensor
+    attention: torch.Tensor
+    cosine: torch.Tensor
+
+
 @torch.no_grad()
 def encode(
-    model: EmmaForConditionalGeneration, processor: EmmaProcessor, scenes: Sequence[Scene]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """V (scenes, N, width), and the class token's attention (scenes, N) to it in the next layer, mean over heads."""
+    model: EmmaForConditionalGeneration,
+    clip: CLIPModel,
+    processor: EmmaProcessor,
+    scenes: Sequence[Scene],
+    questions: Sequence[str],
+) -> Encoded:
     tower = unwrap_clip_model(model.model.vision_tower)
     layer = tower.encoder.layers[model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)]
-    features, attention = [], []
+    parts = []
     for start in tqdm(range(0, len(scenes), BATCH), desc="images", leave=False):
-        images = [draw(scene) for scene in scenes[start : start + BATCH]]
+        part = slice(start, start + BATCH)
+        images = [draw(scene) for scene in scenes[part]]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.dtype)
         states = model.model.vision_tower(pixels).last_hidden_state
         tokens = layer.layer_norm1(states)
@@ -53,24 +78,22 @@ def encode(
             for each in (layer.self_attn.q_proj(tokens[:, :1]), layer.self_attn.k_proj(tokens))
         ]
         scores = torch.einsum("iqhd,ikhd->ihk", *heads) * layer.self_attn.scale
-        features.append(states[:, 1:])
-        attention.append(scores.softmax(-1).mean(1)[:, 1:])
-    return torch.cat(features), torch.cat(attention)
+        features = states[:, 1:]
+        # The instruction of a question is its first line.
+        texts = [text.partition("\n")[0] for text in questions[part]]
+        parts.append((features, scores.softmax(-1).mean(1)[:, 1:], cosine_to_text(clip, processor, features, texts)))
+    return Encoded(*map(torch.cat, zip(*parts)))
 
 
-def select_random(features: torch.Tensor, attention: torch.Tensor, kept: int) -> torch.Tensor:
-    order = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(kept)).argsort(-1)
+def select_random(encoded: Encoded, kept: int) -> torch.Tensor:
+    order = torch.rand(encoded.features.shape[:2], generator=torch.Generator().manual_seed(kept)).argsort(-1)
     return order[:, :kept].sort(-1).values
 
 
-def select_by_attention(features: torch.Tensor, attention: torch.Tensor, kept: int) -> torch.Tensor:
-    return attention.topk(kept).indices.sort(-1).values
-
-
-def select_by_both(features: torch.Tensor, attention: torch.Tensor, kept: int) -> torch.Tensor:
-    """Greedy maximum of the determinant of diag(a) cos diag(a), a from 0 to 1 in each image."""
-    low, high = attention.aminmax(dim=-1, keepdim=True)
-    quality = ((attention - low) / (high - low)).clamp(min=1e-6).double()
+def select_weighted(features: torch.Tensor, quality: torch.Tensor, kept: int) -> torch.Tensor:
+    """Greedy maximum of the determinant of diag(q) cos diag(q), q the quality from 0 to 1 in each image."""
+    low, high = quality.aminmax(dim=-1, keepdim=True)
+    quality = ((quality - low) / (high - low)).clamp(min=1e-6).double()
     unit = nn.functional.normalize(features.double(), dim=-1)
     kernel = quality[:, :, None] * (unit @ unit.mT) * quality[:, None]
     images = torch.arange(len(features))
@@ -86,15 +109,13 @@ def select_by_both(features: torch.Tensor, attention: torch.Tensor, kept: int) -
     return chosen.sort(-1).values
 
 
-def select_by_diversity(features: torch.Tensor, attention: torch.Tensor, kept: int) -> torch.Tensor:
-    return select_diverse(features, kept)
-
-
-SELECTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
-    "diversity": select_by_diversity,
+SELECTIONS: dict[str, Callable[[Encoded, int], torch.Tensor]] = {
+    "diversity": lambda encoded, kept: select_diverse(encoded.features, kept),
     "random": select_random,
-    "attention": select_by_attention,
-    "both": select_by_both,
+    "attention": lambda encoded, kept: encoded.attention.topk(kept).indices.sort(-1).values,
+    "both": lambda encoded, kept: select_weighted(encoded.features, encoded.attention, kept),
+    "relevance": lambda encoded, kept: select_weighted(encoded.features, -encoded.cosine, kept),
+    "+cos": lambda encoded, kept: select_weighted(encoded.features, encoded.cosine, kept),
 }
 
 
@@ -143,15 +164,11 @@ def ask(
     return answers
 
 
-def in_percent(figures: dict[str, float], middle: str = "share") -> tuple[float, float, float]:
-    return 100 * figures[middle], 100 * figures["low"], 100 * figures["high"]
-
-
-def measure_answers(report: Report, features, attention, questions, kept: Sequence[int], all_tokens: int) -> None:
+def measure_answers(report: Report, encoded: Encoded, questions, kept: Sequence[int], all_tokens: int) -> None:
     """Right answers by selection, and the paired difference to `diversity`."""
 
     def right(count: int, rows: torch.Tensor | None) -> list[bool]:
-        answers = ask(count, rows, features, [question.text for _, question in questions], 8)
+        answers = ask(count, rows, encoded.features, [question.text for _, question in questions], 8)
         said = [answer.rstrip(".").strip().lower() for answer in answers]
         return [text == question.answer.rstrip(".").strip().lower() for text, (_, question) in zip(said, questions)]
 
@@ -159,7 +176,7 @@ def measure_answers(report: Report, features, attention, questions, kept: Sequen
     whole = in_percent(share(right(all_tokens, None)))
     report.add(name, tokens=all_tokens, selection="all", right=whole, **{"more than diversity": None})
     for count in kept:
-        hits = {each: right(count, select(features, attention, count)) for each, select in SELECTIONS.items()}
+        hits = {each: right(count, select(encoded, count)) for each, select in SELECTIONS.items()}
         for each, found in hits.items():
             difference = in_percent(paired_difference(found, hits["diversity"]), "difference")
             report.add(
@@ -171,12 +188,13 @@ def measure_answers(report: Report, features, attention, questions, kept: Sequen
             )
 
 
-def measure_captions(report: Report, features, attention, scenes, kept: Sequence[int], all_tokens: int) -> None:
+def measure_captions(
+    report: Report, encoded: Encoded, scenes, prompts: Sequence[str], kept: Sequence[int], all_tokens: int
+) -> None:
     """Things that captions name and that are not there, and things there that they name."""
-    prompts = [caption_question(SeededRandom(scene.seed)) for scene in scenes]
 
     def add(count: int, selection: str, rows: torch.Tensor | None) -> None:
-        found = hallucinations(list(scenes), ask(count, rows, features, prompts, 96))
+        found = hallucinations(list(scenes), ask(count, rows, encoded.features, prompts, 96))
         names = ("named things that are not there", "things that are named")
         report.add(
             "Captions, %", tokens=count, selection=selection, **{name: in_percent(found[name]) for name in names}
@@ -185,7 +203,7 @@ def measure_captions(report: Report, features, attention, scenes, kept: Sequence
     add(all_tokens, "all", None)
     for count in kept:
         for each, select in SELECTIONS.items():
-            add(count, each, select(features, attention, count))
+            add(count, each, select(encoded, count))
 
 
 def measure_time(report: Report, kept: Sequence[int], all_tokens: int, runs: int) -> None:
@@ -216,6 +234,9 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=500, help="captions (default: 500)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32, 16, 8], help="kept (default: 32 16 8)")
     parser.add_argument("--runs", type=int, default=20, help="rounds of the measurement of time (default: 20)")
+    parser.add_argument(
+        "--groups", type=int, default=4000, help="groups of scenes for CLIP's projections (default: 4000)"
+    )
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     report = Report("token_selection", args)
@@ -223,11 +244,15 @@ def main() -> None:
     processor, all_tokens = EmmaProcessor.from_pretrained(EMMA_TINY), model.config.vision_seq_length
     questions = fresh_questions(args.questions, SEED)
     scenes = [Scene.random(TEST_SEEDS + SEED * 10_000_000 + 9_000_000 + index) for index in range(args.captions)]
-    encoded = encode(model, processor, [scene for scene, _ in questions])
-    verify(encoded[0][:16], min(args.tokens))
-    measure_answers(report, *encoded, questions, args.tokens, all_tokens)
+    clip = fit_projections(model, processor, args.groups)
+    encoded = encode(model, clip, processor, *zip(*((scene, question.text) for scene, question in questions)))
+    verify(encoded.features[:16], min(args.tokens))
+    measure_answers(report, encoded, questions, args.tokens, all_tokens)
     if scenes:
-        measure_captions(report, *encode(model, processor, scenes), scenes, args.tokens, all_tokens)
+        prompts = [caption_question(SeededRandom(scene.seed)) for scene in scenes]
+        encoded = encode(model, clip, processor, scenes, prompts)
+        measure_captions(report, encoded, scenes, prompts, args.tokens, all_tokens)
+    check(report, model, clip, processor, min(500, args.questions))
     measure_time(report, args.tokens, all_tokens, args.runs)
     report.save()
 

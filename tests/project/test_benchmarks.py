@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
+from emma_hf.model.instruction_emma import encode_instruction
+from emma_hf.tiny.clip import CaptionedScenes, collate_groups
+from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.recipe import has_fast_bfloat16
+from emma_hf.tiny.scenes import Scene, Thing
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -126,7 +132,7 @@ def test_the_runner_names_its_parts(runner):
     assert done.returncode == 2
     assert "unknown parts ['visoin']: choose from vision, language_model, modality_adaptation" in done.stderr
     assert f"  processor           {runner.PARTS['processor']}" in bench("--help").stdout
-    others = {"__main__", "common", "memory"}
+    others = {"__main__", "clip_projections", "common", "memory"}
     assert {path.stem for path in BENCHMARKS.glob("*.py")} - others == runner.PARTS.keys()
 
 
@@ -183,3 +189,111 @@ def test_the_released_geometry_is_measured_at_any_size(tmp_path):
     assert whole["prompt, tokens"] == llava["prompt, tokens"] == fewer["prompt, tokens"] + 12
     # A layer's keys and values: 512 numbers each, of two bytes.
     assert fewer["cache, MB"] == fewer["prompt, tokens"] * 2 * 512 * 2 / 1e6
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """emma-tiny, its processor, and its CLIP with projections that were fitted to a few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from clip_projections import fit_projections
+
+        model = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval()
+        processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+        yield model, processor, fit_projections(model, processor, groups=8)
+
+
+@pytest.mark.parametrize(("name", "sign"), [("relevance", -1), ("+cos", 1)])
+def test_relevance_chooses_by_the_determinant(name, sign, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from token_selection import SELECTIONS, Encoded
+
+    generator = torch.Generator().manual_seed(0)
+    encoded = Encoded(torch.randn(3, 12, 16, generator=generator), *torch.randn(2, 3, 12, generator=generator))
+    chosen = SELECTIONS[name](encoded, 10)
+    for features, cosines, indices in zip(encoded.features.double(), encoded.cosine.double(), chosen.tolist()):
+        cosines = sign * cosines
+        weights = [max(1e-6, float((each - cosines.min()) / (cosines.max() - cosines.min()))) for each in cosines]
+
+        def determinant(tokens, features=features, weights=weights):
+            rows = torch.stack([weights[token] * features[token] / features[token].norm() for token in tokens])
+            return float(torch.linalg.det(rows @ rows.T))
+
+        expected = []
+        while len(expected) < 10:
+            left = [token for token in range(12) if token not in expected]
+            expected.append(max(left, key=lambda token: determinant([*expected, token])))
+        assert indices == sorted(expected)
+
+
+def test_projections_are_fitted_by_the_loss_of_clip(fitted):
+    """The loss of the pooled embeddings is that of Transformers' CLIP of the images and captions themselves."""
+    from clip_projections import contrastive_loss, embed
+
+    _, processor, clip = fitted
+    scenes = CaptionedScenes(8, processor, seed=0)
+    batch = collate_groups([scenes[index] for index in range(8)])
+    groups = embed(clip, scenes, range(8))
+    with torch.no_grad():
+        torch.testing.assert_close(contrastive_loss(clip, groups), clip(**batch).loss)
+    # Of 32 pairs, by chance 3.5 nats.
+    assert len(batch["input_ids"]) == 32
+    assert contrastive_loss(clip, groups) < 0.5
+
+
+def test_the_cosine_of_a_visual_token_to_a_text_is_by_the_towers_that_ship(fitted):
+    from clip_projections import cosine_to_text
+
+    model, processor, clip = fitted
+    weights = load_file(EMMA_TINY / "model.safetensors")
+    norms = {
+        name: [weights[f"model.{name}.{part}"].float() for part in ("weight", "bias")]
+        for name in ("vision_tower.vision_model.post_layernorm", "instruction_encoder.text_model.final_layer_norm")
+    }
+    vision_norm, text_norm = norms.values()
+    pixels = processor.image_processor(draw(Scene.random(1)), return_tensors="pt")["pixel_values"]
+    ids = torch.tensor([encode_instruction(processor.instruction_tokenizer, "What color is the star?")])
+    with torch.no_grad():
+        features = model.get_vision_features(pixels)
+        found = cosine_to_text(clip, processor, features, ["What color is the star?"])
+        text = model.model.instruction_encoder(ids, output_hidden_states=True).hidden_states[-1][0]
+        end = text[ids[0].tolist().index(processor.instruction_tokenizer.eos_token_id)]
+        text = clip.text_projection.weight @ torch.nn.functional.layer_norm(end, (128,), *text_norm)
+        tokens = torch.nn.functional.layer_norm(features[0], (128,), *vision_norm) @ clip.visual_projection.weight.T
+    expected = [float(token @ text / token.norm() / text.norm()) for token in tokens]
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_where_the_tokens_of_a_thing_are(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from clip_projections import tokens_on
+
+    def thing(shape: str, x: float, y: float, radius: float) -> Thing:
+        return Thing(shape, "red", "small", "filled", x, y, radius, 0)
+
+    scene = Scene(
+        (thing("star", 3.5 / 8, 1.5 / 8, 0.13), thing("star", 0.9375, 0.9375, 0.09), thing("heart", 0.5, 0.5, 0.2))
+    )
+    there = tokens_on(scene, ("red", "star")).reshape(8, 8)
+    assert there.nonzero().tolist() == [[0, 3], [1, 2], [1, 3], [1, 4], [2, 3], [7, 7]]
+
+
+@pytest.mark.once
+@pytest.mark.slow
+def test_selections_are_compared_on_the_same_questions(tmp_path):
+    arguments = ["--questions", "20", "--captions", "2", "--tokens", "8", "4", "--runs", "2", "--groups", "8"]
+    command = [sys.executable, str(BENCHMARKS / "token_selection.py"), "--output", str(tmp_path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((tmp_path / "token_selection.json").read_text())["tables"]
+    names = ["diversity", "random", "attention", "both", "relevance", "+cos"]
+    expected = [(64, "all"), *((kept, name) for kept in (8, 4) for name in names)]
+    for table in ("Right answers, %", "Captions, %"):
+        assert [(row["tokens"], row["selection"]) for row in tables[table]] == expected
+    answers = tables["Right answers, %"]
+    assert answers[0]["right"][0] > 80
+    for row in answers[1:]:
+        same = [each for each in answers if each["tokens"] == row["tokens"] and each["selection"] == "diversity"]
+        if difference := row["more than diversity"]:
+            assert difference[0] == pytest.approx(row["right"][0] - same[0]["right"][0])
+    assert len(tables["CLIP's projections"]) == 5
