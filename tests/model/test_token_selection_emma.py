@@ -223,18 +223,19 @@ def test_a_prompt_holds_the_kept_tokens_of_the_whole_model():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_prompt_in_half_precision_is_as_exact_as_with_all_tokens_computed(dtype):
-    model, whole = tiny_model(visual_tokens=5).to(dtype), tiny_model().to(dtype)
+    model, whole, double = tiny_model(visual_tokens=5).to(dtype), tiny_model().to(dtype), tiny_model().double()
     inputs = tiny_inputs(model, images=(2, 1))
     with torch.no_grad():
         found, plain = model(**inputs), kept_features(whole, inputs, 5)
-        # From the same V, of which double precision chooses the same tokens.
-        v = whole.get_vision_features(inputs.pop("pixel_values")).double()
-        exact = tiny_model(visual_tokens=5).double()(**inputs, vision_features=v)
         plain_logits = logits_around(whole, inputs, plain)
+        # From the same V, of which double precision chooses the same tokens.
+        inputs["vision_features"] = whole.get_vision_features(inputs.pop("pixel_values")).double()
+        exact = kept_features(double, inputs, 5)
+        exact_logits = logits_around(double, inputs, exact)
     assert found.logits.dtype == dtype
     for one, other, truth in (
-        (found.image_hidden_states, plain, exact.image_hidden_states),
-        (found.logits, plain_logits, exact.logits),
+        (found.image_hidden_states, plain, exact),
+        (found.logits, plain_logits, exact_logits),
     ):
         assert (one - truth).norm() <= 1.2 * (other - truth).norm()
 

@@ -63,7 +63,7 @@ def tiny_inputs(model: EmmaForConditionalGeneration, images: tuple[int, ...] = (
 
 def kept_features(whole: EmmaForConditionalGeneration, inputs: dict[str, torch.Tensor], kept: int) -> torch.Tensor:
     """Z of the visual tokens that `kept` chooses, taken from those of a model that keeps and computes all."""
-    v = whole.get_vision_features(inputs["pixel_values"])
+    v = inputs["vision_features"] if "vision_features" in inputs else whole.get_vision_features(inputs["pixel_values"])
     z = whole.get_image_features(vision_features=v, instruction_input_ids=inputs["instruction_input_ids"]).pooler_output
     return z.gather(1, select_diverse(v, kept)[..., None].expand(-1, -1, z.shape[-1]))
 
