@@ -12,7 +12,8 @@ from emma_hf.tiny.replication.report import Comparison, compare, holm, write_rep
 from emma_hf.tiny.replication.running import ReplicationBudget
 
 SCENES = 12
-ASKED = questions_of_test(SCENES)
+BUDGET = ReplicationBudget(scenes=SCENES)
+ASKED = questions_of_test(SCENES, BUDGET.families)
 
 
 def line(arm: str, seed: int, right: float, tokens: int = 4, **changes) -> dict:
@@ -25,7 +26,7 @@ def line(arm: str, seed: int, right: float, tokens: int = 4, **changes) -> dict:
     return {
         "row": f"{arm}-k{tokens}-d6-s{seed}-r1", "arm": arm, "tokens": tokens, "depth": 6, "seed": seed, "rate": 1.0,
         "width": None,
-        "budget": vars(ReplicationBudget(scenes=SCENES)), "seconds": {"training": 60}, "images_right": whole,
+        "budget": BUDGET.as_json(), "seconds": {"training": 60}, "images_right": whole,
         "smallest": whole, "gate_index": 0.1, "question_share": 0.2, "hits": {"as trained": hits},
         "accuracy": {"as trained": accuracy}, **changes,
     }  # fmt: skip

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from emma_hf import EMMA_TINY, EmmaProcessor
 from emma_hf.cli import main
-from emma_hf.tiny.questions import FAMILIES, Question
+from emma_hf.tiny.questions import Question
 from emma_hf.tiny.replication.arms import ARMS, Row
 from emma_hf.tiny.replication.questions import (
     SMALLEST,
@@ -20,6 +21,7 @@ from emma_hf.tiny.replication.questions import (
 )
 from emma_hf.tiny.replication.running import (
     ReplicationBudget,
+    Towers,
     _test_instructions,
     planned_rows,
     read_results,
@@ -40,7 +42,7 @@ def toy_run(tmp_path_factory):
 def test_two_rows_are_trained_measured_and_kept(toy_run):
     rows, folder, lines = toy_run
     assert read_results(folder / "results.jsonl") == lines
-    asked = questions_of_test(TOY.scenes)
+    asked = questions_of_test(TOY.scenes, TOY.families)
     for row, line in zip(rows, lines, strict=True):
         assert line["row"] == row.name
         assert line["command"] == f"emma-hf tiny replicate {row.name}"
@@ -49,7 +51,7 @@ def test_two_rows_are_trained_measured_and_kept(toy_run):
         hits = [digit == "1" for digit in line["hits"]["as trained"]]
         assert len(hits) == len(asked)
         # Each share, from the digits.
-        of_families = [hit for hit, (_, question) in zip(hits, asked) if question.family in FAMILIES]
+        of_families = [hit for hit, (_, question) in zip(hits, asked) if question.family in TOY.families]
         assert line["accuracy"]["as trained"]["all"]["right"] == sum(of_families)
         assert line["accuracy"]["as trained"]["all"]["of"] == len(of_families)
         smallest = [hit for hit, (_, question) in zip(hits, asked) if question.family == SMALLEST]
@@ -86,16 +88,17 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_arms_are_paired_by_seed_and_the_shuffled_instructions_are_other_rows():
     processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    rows, again = (TrainingRows.make(3, 20, 16, processor) for _ in range(2))
+    rows, again = (TrainingRows.make(3, 20, 16, TOY.families, processor) for _ in range(2))
     assert rows == again
-    assert rows != TrainingRows.make(4, 20, 16, processor)
+    assert rows != TrainingRows.make(4, 20, 16, TOY.families, processor)
     assert sorted(rows.others) == list(range(20))
 
 
 def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    questions = [question for _, question in questions_of_test(8)]
-    ids = _test_instructions(questions, Row("C"), processor)["swapped"].tolist()
+    towers = Towers.load()
+    processor = towers.processor
+    questions = [question for _, question in questions_of_test(8, TOY.families)]
+    ids = _test_instructions(questions, Row("C"), towers)["swapped"].tolist()
     for question, row in zip(questions, ids, strict=True):
         assert row != instruction_ids(question.text, processor)
         family = (other.text for other in questions if other.family == question.family)
@@ -114,6 +117,19 @@ def test_the_question_about_the_smallest_thing_means_it_alone():
         assert question.answer.lower() in (smallest.colour, smallest.shape)
         assert question.answer.lower() not in question.text
     assert asked > 20
+
+
+def test_an_instruction_is_read_once():
+    towers = Towers.load()
+    ids = towers.ids(["Is there a star?", "Which color?", "Is there a star?"])
+    features, ends = towers.read(ARMS["C"], ids)
+    assert torch.allclose(features, towers.tiny.model.get_instruction_features(ids), atol=1e-5)
+    assert ids[torch.arange(3), ends].tolist() == [towers.processor.instruction_tokenizer.eos_token_id] * 3
+    towers.tiny.model.get_instruction_features = None
+    again, _ = towers.read(ARMS["C"], ids[:2])
+    assert torch.equal(again, features[:2])
+    # An arm without words reads none.
+    assert towers.read(ARMS["B"], towers.ids(["What now?"]))[0].numel() == 0
 
 
 def test_prompts_hold_the_picture_once_and_labels_hold_the_answer():

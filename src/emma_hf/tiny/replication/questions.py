@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ...data.conversations import IGNORE_INDEX, encode_conversation
 from ...model.instruction_emma import encode_instruction
 from ...model.processing_emma import EmmaProcessor
-from ..questions import ENDING, FAMILIES, QUESTION_FAMILIES, Question, ask, ask_all
+from ..questions import ENDING, QUESTION_FAMILIES, Question, ask, ask_all
 from ..rows import TEST_SEEDS, training_scene
 from ..scenes import Scene, SeededRandom
 from .arms import Arm
@@ -39,13 +39,14 @@ class Encoded:
     instruction: list[int]
 
 
-def training_question(image: int, images: int, rng: SeededRandom) -> Question:
-    """A question of a random family about a training image."""
-    scene = training_scene(image, images)
+def training_question(images: int, families: Sequence[str], rng: SeededRandom) -> tuple[int, Question]:
+    """The index of a random training image, and a question of a random family about it."""
     while True:
-        question = ask(scene, rng, rng.choice(FAMILIES))
+        image = rng.integer(0, images - 1)
+        question = ask(training_scene(image, images), rng, rng.choice(families))
+        # Not every image allows every family.
         if question is not None:
-            return replace(question, text=question.text.removesuffix(ENDING))
+            return image, replace(question, text=question.text.removesuffix(ENDING))
 
 
 def smallest_question(scene: Scene, rng: SeededRandom) -> Question | None:
@@ -65,12 +66,16 @@ def smallest_question(scene: Scene, rng: SeededRandom) -> Question | None:
     return Question(text, getattr(smallest, family).capitalize(), SMALLEST)
 
 
-def questions_of_test(scenes: int) -> list[tuple[int, Question]]:
-    """Index of the scene and question: one of every family that each test scene allows, and one about its smallest."""
+def questions_of_test(scenes: int, families: Sequence[str]) -> list[tuple[int, Question]]:
+    """Index of the scene and question: one of each family that a scene allows, and one about its smallest thing."""
     questions = []
     for index in range(scenes):
         scene, rng = Scene.random(TEST_SCENES + index), SeededRandom((TEST_SCENES + index) << 32)
-        asked = [replace(each, text=each.text.removesuffix(ENDING)) for each in ask_all(scene, rng)]
+        asked = [
+            replace(each, text=each.text.removesuffix(ENDING))
+            for each in ask_all(scene, rng)
+            if each.family in families
+        ]
         smallest = smallest_question(scene, rng)
         questions += [(index, question) for question in [*asked, *([smallest] if smallest else [])]]
     return questions
@@ -107,13 +112,15 @@ class TrainingRows:
     others: list[int]
 
     @classmethod
-    def make(cls, seed: int, rows: int, images: int, processor: EmmaProcessor) -> "TrainingRows":
+    def make(
+        cls, seed: int, rows: int, images: int, families: Sequence[str], processor: EmmaProcessor
+    ) -> "TrainingRows":
         """The rows of a seed."""
         chosen, encoded = [], []
         for index in tqdm(range(rows), desc="questions", delay=2):
-            rng = SeededRandom((seed << 40) + index)
-            chosen.append(rng.integer(0, images - 1))
-            encoded.append(encode(training_question(chosen[-1], images, rng), processor))
+            image, question = training_question(images, families, SeededRandom((seed << 40) + index))
+            chosen.append(image)
+            encoded.append(encode(question, processor))
         return cls(chosen, encoded, SeededRandom((seed << 40) - 1).sample(range(rows), rows))
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from ...model.errors_emma import EmmaError
 from ...training.plots import figure_class
-from ..questions import FAMILIES
 from .arms import ARMS, Row, Task
 from .questions import SMALLEST, questions_of_test
 from .running import read_results
@@ -73,7 +72,7 @@ def compare(results: Sequence[dict[str, Any]], comparison: Comparison) -> dict[s
     if not seeds:
         return None
     scenes = results[0]["budget"]["scenes"]
-    asked = questions_of_test(scenes)
+    asked = questions_of_test(scenes, results[0]["budget"]["families"])
     counted = np.array([question.family != SMALLEST for _, question in asked])
     scene_of = np.array([scene for scene, _ in asked])[counted]
     differences = np.array([hits[0][seed][counted].astype(float) - hits[1][seed][counted] for seed in seeds])
@@ -202,9 +201,10 @@ def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_families(results: Sequence[dict[str, Any]]) -> str:
-    lines = [f"| task | arm | rate of text | {' | '.join(FAMILIES)} |", "|---" * (3 + len(FAMILIES)) + "|"]
+    families = results[0]["budget"]["families"]
+    lines = [f"| task | arm | rate of text | {' | '.join(families)} |", "|---" * (3 + len(families)) + "|"]
     for (task, arm, rate), group in _groups(results).items():
-        cells = " | ".join(_mean(group, "as trained", family) for family in FAMILIES)
+        cells = " | ".join(_mean(group, "as trained", family) for family in families)
         lines.append(f"| {task} | {arm} | {rate:g} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ from ...model.modeling_emma import EmmaForConditionalGeneration
 from ...model.processing_emma import EmmaProcessor
 from ...storage.folders import read_json, write_json
 from ..drawing import draw
-from ..questions import FAMILIES
+from ..questions import Question
 from ..rows import vision_features
 from ..scenes import Scene, SeededRandom
-from .arms import ARMS, CONSTANT_INSTRUCTION, ReplicationModel, Row
+from .arms import ARMS, CONSTANT_INSTRUCTION, Arm, ReplicationModel, Row
 from .questions import (
     SMALLEST,
     TEST_SCENES,
@@ -60,6 +60,7 @@ class ReplicationBudget:
         learning_rate: highest learning rate of AdamW.
         scenes: test images, each with a question of every family that it allows.
         mean_questions: questions over which the text term is averaged for the start.
+        families: families of questions in training and test.
     """
 
     images: int = 20_000
@@ -68,10 +69,50 @@ class ReplicationBudget:
     learning_rate: float = 1e-3
     scenes: int = 300
     mean_questions: int = 512
+    families: tuple[str, ...] = ("colour", "shape", "size")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {**asdict(self), "families": list(self.families)}
 
     def steps(self, tokens: int) -> int:
         """Steps of a run with so many visual tokens."""
         return (self.rows if tokens <= FEW_TOKENS else self.rows // 2) // self.batch_size
+
+
+@dataclass
+class Towers:
+    """emma-tiny, whose towers no arm trains, with its processor. H of an instruction is computed once.
+
+    Args:
+        tiny: emma-tiny. Its other modules become those of the model that is trained.
+        processor: its processor.
+    """
+
+    tiny: EmmaForConditionalGeneration
+    processor: EmmaProcessor
+    _known: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls) -> "Towers":
+        """emma-tiny as the package ships it, in float32."""
+        tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32)
+        return cls(tiny.eval().requires_grad_(False), EmmaProcessor.from_pretrained(EMMA_TINY))
+
+    def ids(self, texts: Iterable[str]) -> torch.Tensor:
+        """Ids of instructions, (instructions, instruction length)."""
+        return torch.tensor([instruction_ids(text, self.processor) for text in texts])
+
+    @torch.no_grad()
+    def read(self, arm: Arm, instructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """H and the index of the end token of each row of ids; of no rows where the arm does not read them."""
+        if not arm.reads:
+            return torch.empty(0), torch.empty(0, dtype=torch.long)
+        rows = [tuple(row) for row in instructions.tolist()]
+        new = [row for row in dict.fromkeys(rows) if row not in self._known]
+        if new:
+            self._known |= dict(zip(new, self.tiny.model.get_instruction_features(torch.tensor(new))))
+        return torch.stack([self._known[row] for row in rows]), end_tokens(instructions, self.processor)
 
 
 SMOKE = ReplicationBudget(images=64, rows=256, batch_size=32, scenes=16, mean_questions=64)
@@ -97,10 +138,10 @@ def replicate(
     budget, output, work = budget or ReplicationBudget(), Path(output), Path(work)
     known = {line["row"]: line for line in read_results(output)}
     for row in rows:
-        if row.name in known and known[row.name]["budget"] != asdict(budget):
+        if row.name in known and known[row.name]["budget"] != budget.as_json():
             raise EmmaError(
                 f"The lines of {output} must be of one budget: row {row.name} has {known[row.name]['budget']}, asked "
-                f"for is {asdict(budget)}. Write to another file."
+                f"for is {budget.as_json()}. Write to another file."
             )
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,24 +174,25 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
     """Train one row and measure it. Returns its line."""
     start = time.time()
     torch.manual_seed(row.seed)
-    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
-    tiny = EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
-    images = vision_features(tiny, processor, budget.images, work / f"vision_features-{budget.images}.f16")
-    model = ReplicationModel(tiny, row, mean_text_term(tiny, processor, budget))
+    towers = Towers.load()
+    images = vision_features(
+        towers.tiny, towers.processor, budget.images, work / f"vision_features-{budget.images}.f16"
+    )
+    model = ReplicationModel(towers.tiny, row, mean_text_term(towers, budget))
     if model.arm.film or model.arm.attention:
-        features, ends = _read(model, tiny, _some_instructions(processor, budget), processor)
+        features, ends = towers.read(model.arm, _some_instructions(towers, budget))
         model.standardize_end_tokens(features[torch.arange(len(ends)), ends])
     if row.width is not None:
-        model.narrow_tokens(row.width, _features_at_the_start(model, tiny, images, processor))
-    training = _training_rows(row.seed, budget, processor, work)
-    losses = _train(model, tiny, row, training, images, budget, processor)
+        model.narrow_tokens(row.width, _features_at_the_start(model, towers, images))
+    training = _training_rows(row.seed, budget, towers.processor, work)
+    losses = _train(model, towers, row, training, images, budget)
     trained = time.time()
-    result = measure(model, tiny, row, budget, processor)
+    result = measure(model, towers, row, budget)
     return {
         "row": row.name,
         "title": ARMS[row.arm].title,
         **asdict(row),
-        "budget": asdict(budget),
+        "budget": budget.as_json(),
         "command": f"emma-hf tiny replicate {row.name}",
         "versions": {"emma-hf": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "machine": f"{_processor_name()}, {torch.get_num_threads()} threads",
@@ -160,38 +202,31 @@ def run_row(row: Row, work: Path, budget: ReplicationBudget) -> dict[str, Any]:
     }
 
 
-def _features_at_the_start(
-    model: ReplicationModel, tiny: EmmaForConditionalGeneration, images: np.ndarray, processor: EmmaProcessor
-) -> torch.Tensor:
+def _features_at_the_start(model: ReplicationModel, towers: Towers, images: np.ndarray) -> torch.Tensor:
     """Z of some training images, (images, K, text width). At the start no arm reads what an instruction says."""
     vision = torch.from_numpy(images[:MEASURED_QUESTIONS].astype(np.float32))
-    ids = torch.tensor([instruction_ids(CONSTANT_INSTRUCTION, processor)] * len(vision))
-    return model.image_features(vision, *_read(model, tiny, ids, processor)).detach()
+    ids = towers.ids([CONSTANT_INSTRUCTION] * len(vision))
+    return model.image_features(vision, *towers.read(model.arm, ids)).detach()
 
 
-def _some_instructions(processor: EmmaProcessor, budget: ReplicationBudget) -> torch.Tensor:
+def _some_instructions(towers: Towers, budget: ReplicationBudget) -> torch.Tensor:
     """Ids of training questions, (questions, instruction length)."""
     rng = SeededRandom(-1)
-    texts = [
-        training_question(rng.integer(0, budget.images - 1), budget.images, rng).text
-        for _ in range(budget.mean_questions)
-    ]
-    return torch.tensor([instruction_ids(text, processor) for text in texts])
+    asked = (training_question(budget.images, budget.families, rng) for _ in range(budget.mean_questions))
+    return towers.ids(question.text for _, question in asked)
 
 
-def mean_text_term(
-    tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, budget: ReplicationBudget
-) -> torch.Tensor:
+def mean_text_term(towers: Towers, budget: ReplicationBudget) -> torch.Tensor:
     """Mean of `Wt P` over training questions, (visual tokens, vision width): what the arms' offset begins with."""
-    path = VisionPath(tiny, processor)
-    return path.text_term(path.instruction_tokens(_some_instructions(processor, budget)).mean(0))
+    path = VisionPath(towers.tiny, towers.processor)
+    return path.text_term(path.instruction_tokens(_some_instructions(towers, budget)).mean(0))
 
 
 def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcessor, work: Path) -> TrainingRows:
     """The rows of a seed, from the file that the first run with it wrote."""
-    path = work / f"questions-s{seed}-{budget.rows}-{budget.images}.json"
+    path = work / f"questions-s{seed}-{budget.rows}-{budget.images}-{'-'.join(budget.families)}.json"
     if not path.is_file():
-        made = TrainingRows.make(seed, budget.rows, budget.images, processor)
+        made = TrainingRows.make(seed, budget.rows, budget.images, budget.families, processor)
         partial = path.with_suffix(".part")
         write_json(
             partial, {"images": made.images, "encoded": [vars(each) for each in made.encoded], "others": made.others}
@@ -203,12 +238,11 @@ def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcesso
 
 def _train(
     model: ReplicationModel,
-    tiny: EmmaForConditionalGeneration,
+    towers: Towers,
     row: Row,
     training: TrainingRows,
     images: np.ndarray,
     budget: ReplicationBudget,
-    processor: EmmaProcessor,
 ) -> list[float]:
     """Train, and return the mean loss of each twentieth of the steps, in nats per token."""
     arm, steps, size = ARMS[row.arm], budget.steps(row.tokens), budget.batch_size
@@ -219,7 +253,7 @@ def _train(
         optimizer,
         lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / steps))),
     )
-    constant = instruction_ids(CONSTANT_INSTRUCTION, processor)
+    constant = instruction_ids(CONSTANT_INSTRUCTION, towers.processor)
     losses = []
     progress = tqdm(range(steps), desc=row.name)
     for step in progress:
@@ -231,7 +265,7 @@ def _train(
             "constant": [constant] * size,
         }[arm.instruction]
         vision = torch.from_numpy(images[[training.images[index] for index in chosen]].astype(np.float32))
-        logits, labels = _logits(model, tiny, encoded, vision, torch.tensor(ids), processor)
+        logits, labels = _logits(model, towers, encoded, vision, torch.tensor(ids))
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
         loss.backward()
         torch.nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), 1.0)
@@ -246,37 +280,21 @@ def _train(
 
 def _logits(
     model: ReplicationModel,
-    tiny: EmmaForConditionalGeneration,
+    towers: Towers,
     encoded: Sequence[Encoded],
     vision: torch.Tensor,
     instructions: torch.Tensor,
-    processor: EmmaProcessor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of what follows the beginning that all rows share."""
-    input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, processor)
-    features = model.image_features(vision, *_read(model, tiny, instructions, processor))
+    input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, towers.processor)
+    features = model.image_features(vision, *towers.read(model.arm, instructions))
     shared = len(encoded[0].before)
     logits = model(input_ids, attention_mask, features, is_image, shared)
     return logits[:, :-1].transpose(1, 2), labels[:, shared + 1 :]
 
 
-def _read(
-    model: ReplicationModel, tiny: EmmaForConditionalGeneration, instructions: torch.Tensor, processor: EmmaProcessor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """H and the end tokens of instructions; of no rows where the arm does not read them."""
-    if not model.arm.reads:
-        return torch.empty(0), torch.empty(0, dtype=torch.long)
-    return tiny.model.get_instruction_features(instructions), end_tokens(instructions, processor)
-
-
 @torch.no_grad()
-def measure(
-    model: ReplicationModel,
-    tiny: EmmaForConditionalGeneration,
-    row: Row,
-    budget: ReplicationBudget,
-    processor: EmmaProcessor,
-) -> dict[str, Any]:
+def measure(model: ReplicationModel, towers: Towers, row: Row, budget: ReplicationBudget) -> dict[str, Any]:
     """Accuracy by family under each instruction, and how much the instruction moves.
 
     An answer is right if every one of its tokens, the end of the sequence included, is the model's first choice after
@@ -287,17 +305,17 @@ def measure(
         right), `images_right` (share of the images of which all questions are right), `smallest` (share of right
         answers about the smallest thing), `gate_index` and `question_share`.
     """
-    questions = questions_of_test(budget.scenes)
-    encoded = [encode(question, processor) for _, question in questions]
-    vision = _test_images(tiny, processor, budget.scenes)
-    instructions = _test_instructions([question for _, question in questions], row, processor)
+    questions = questions_of_test(budget.scenes, budget.families)
+    encoded = [encode(question, towers.processor) for _, question in questions]
+    vision = _test_images(towers, budget.scenes)
+    instructions = _test_instructions([question for _, question in questions], row, towers)
     hits: dict[str, list[bool]] = {}
     for name, ids in instructions.items():
         hits[name] = []
         for begin in tqdm(range(0, len(encoded), budget.batch_size), desc=f"{row.name}, {name}", leave=False):
             part = slice(begin, begin + budget.batch_size)
             batch = vision[[scene for scene, _ in questions[part]]]
-            logits, labels = _logits(model, tiny, encoded[part], batch, ids[part], processor)
+            logits, labels = _logits(model, towers, encoded[part], batch, ids[part])
             right = (logits.argmax(1) == labels) | (labels == IGNORE_INDEX)
             hits[name] += right.all(-1).tolist()
     trained = hits["as trained"]
@@ -306,15 +324,15 @@ def measure(
         for scene in range(budget.scenes)
     ]
     return {
-        "accuracy": {name: _by_family(each, questions) for name, each in hits.items()},
+        "accuracy": {name: _by_family(each, questions, budget.families) for name, each in hits.items()},
         "hits": {name: "".join(str(int(hit)) for hit in each) for name, each in hits.items()},
         "images_right": share(whole),
         "smallest": share(h for h, (_, question) in zip(trained, questions) if question.family == SMALLEST),
-        **_moved(model, tiny, vision[[scene for scene, _ in questions]], instructions, processor),
+        **_moved(model, towers, vision[[scene for scene, _ in questions]], instructions),
     }
 
 
-def _test_instructions(questions: list[Any], row: Row, processor: EmmaProcessor) -> dict[str, torch.Tensor]:
+def _test_instructions(questions: list[Question], row: Row, towers: Towers) -> dict[str, torch.Tensor]:
     """Ids of the test's instructions (questions, instruction length), by the name of the condition."""
     own = [question.text for question in questions]
     order = SeededRandom(-2).sample(range(len(own)), len(own))
@@ -329,12 +347,14 @@ def _test_instructions(questions: list[Any], row: Row, processor: EmmaProcessor)
         others = swap_instructions({str(index): (each.family, each.text) for index, each in enumerate(questions)})
         swapped = [others[str(index)] for index in range(len(own))]
         texts |= {"own": own, "swapped": swapped, "empty": [""] * len(own)}
-    return {name: torch.tensor([instruction_ids(text, processor) for text in each]) for name, each in texts.items()}
+    return {name: towers.ids(each) for name, each in texts.items()}
 
 
-def _by_family(hits: list[bool], questions: list[Any]) -> dict[str, dict[str, float]]:
-    """Share of right answers: of the eight families together, and of each."""
-    groups = {"all": FAMILIES, **{family: (family,) for family in FAMILIES}}
+def _by_family(
+    hits: list[bool], questions: list[tuple[int, Question]], asked: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Share of right answers: of all families together, and of each."""
+    groups = {"all": asked, **{family: (family,) for family in asked}}
     return {
         name: share(hit for hit, (_, question) in zip(hits, questions) if question.family in families)
         for name, families in groups.items()
@@ -343,10 +363,9 @@ def _by_family(hits: list[bool], questions: list[Any]) -> dict[str, dict[str, fl
 
 def _moved(
     model: ReplicationModel,
-    tiny: EmmaForConditionalGeneration,
+    towers: Towers,
     vision: torch.Tensor,
     instructions: dict[str, torch.Tensor],
-    processor: EmmaProcessor,
 ) -> dict[str, float]:
     """How much another question of the same family moves.
 
@@ -359,23 +378,23 @@ def _moved(
         return {"gate_index": 0.0, "question_share": 0.0}
     vision = vision[:MEASURED_QUESTIONS]
     own, other = (instructions[name][:MEASURED_QUESTIONS] for name in ("own", "swapped"))
-    gates = [torch.special.ndtr(model.hidden(vision, *_read(model, tiny, ids, processor))) for ids in (own, other)]
+    gates = [torch.special.ndtr(model.hidden(vision, *towers.read(model.arm, ids))) for ids in (own, other)]
     moved = {"gate_index": (gates[0] - gates[1]).abs().gt(TURN).float().mean().item(), "question_share": 0.0}
     if model.arm.text:
-        features = tiny.model.get_instruction_features(own)
+        features, _ = towers.read(model.arm, own)
         terms = model.text_term(features)
         ratio = (terms - terms.mean(0)).flatten(1).norm(dim=1) / model.fused(vision, features).flatten(1).norm(dim=1)
         moved["question_share"] = ratio.mean().item()
     return moved
 
 
-def _test_images(tiny: EmmaForConditionalGeneration, processor: EmmaProcessor, scenes: int) -> torch.Tensor:
+def _test_images(towers: Towers, scenes: int) -> torch.Tensor:
     """V of the test images, (scenes, visual tokens, vision width), in the precision of the training images'."""
     features = []
     for begin in tqdm(range(0, scenes, 64), desc="test images", leave=False):
         images = [draw(Scene.random(TEST_SCENES + index)) for index in range(begin, min(scenes, begin + 64))]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        features.append(tiny.get_vision_features(pixels).half().float())
+        pixels = towers.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features.append(towers.tiny.get_vision_features(pixels).half().float())
     return torch.cat(features)
 
 
