@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emma_hf.tiny.replication.arms import Task
+from emma_hf.tiny.replication.arms import FEW, Row
 from emma_hf.tiny.replication.questions import SMALLEST, questions_of_test
 from emma_hf.tiny.replication.report import Comparison, compare, holm, write_report
 from emma_hf.tiny.replication.running import ReplicationBudget
@@ -16,7 +16,7 @@ BUDGET = ReplicationBudget(scenes=SCENES)
 ASKED = questions_of_test(SCENES, BUDGET.families)
 
 
-def line(arm: str, seed: int, right: float, tokens: int = 4, **changes) -> dict:
+def line(arm: str, seed: int, right: float, **changes) -> dict:
     """A line of results in which a share of the questions is right, drawn with a seed of its own."""
     rng = np.random.default_rng([ord(arm), seed])
     hits = "".join(str(int(value < right)) for value in rng.random(len(ASKED)))
@@ -24,8 +24,7 @@ def line(arm: str, seed: int, right: float, tokens: int = 4, **changes) -> dict:
     families = {question.family for _, question in ASKED if question.family != SMALLEST}
     accuracy = {"all": {**whole, "share": right}, **{family: {**whole, "share": right} for family in families}}
     return {
-        "row": f"{arm}-k{tokens}-d6-s{seed}-r1", "arm": arm, "tokens": tokens, "depth": 6, "seed": seed, "rate": 1.0,
-        "width": None,
+        "row": Row.of(arm, FEW, seed).name, "arm": arm, **vars(FEW), "seed": seed, "rate": 1.0,
         "budget": BUDGET.as_json(), "seconds": {"training": 60}, "images_right": whole,
         "smallest": whole, "gate_index": 0.1, "question_share": 0.2, "hits": {"as trained": hits},
         "accuracy": {"as trained": accuracy}, **changes,
@@ -35,7 +34,7 @@ def line(arm: str, seed: int, right: float, tokens: int = 4, **changes) -> dict:
 def test_a_comparison_is_paired_by_seed_and_question():
     results = [line(arm, seed, right) for arm, right in (("C", 0.9), ("D", 0.6)) for seed in range(3)]
     results.append(line("C", 7, 0.1))
-    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), Task(4)))
+    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), FEW))
     counted = [index for index, (_, question) in enumerate(ASKED) if question.family != SMALLEST]
     by_seed = []
     for seed in range(3):
@@ -52,7 +51,7 @@ def test_a_comparison_is_paired_by_seed_and_question():
 def test_the_interval_is_that_of_a_normal_approximation():
     """With one seed, the bootstrap over images alone: the linearized ratio estimator's standard error."""
     results = [line("C", 0, 0.8), line("D", 0, 0.5)]
-    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), Task(4)))
+    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), FEW))
     sums, counts = np.zeros(SCENES), np.zeros(SCENES)
     for index, (scene, question) in enumerate(ASKED):
         if question.family != SMALLEST:
@@ -67,13 +66,13 @@ def test_the_interval_is_that_of_a_normal_approximation():
 def test_equal_arms_do_not_differ():
     results = [line("C", seed, 0.7) for seed in range(2)]
     results += [{**each, "arm": "D"} for each in results]
-    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), Task(4)))
+    figures = compare(results, Comparison(("C", "as trained"), ("D", "as trained"), FEW))
     assert (figures["difference"], figures["low"], figures["high"], figures["p"]) == (0, 0, 0, 1)
 
 
 def test_rows_that_lack_a_partner_are_not_compared():
     assert (
-        compare([line("C", 0, 0.7), line("D", 1, 0.7)], Comparison(("C", "as trained"), ("D", "as trained"), Task(4)))
+        compare([line("C", 0, 0.7), line("D", 1, 0.7)], Comparison(("C", "as trained"), ("D", "as trained"), FEW))
         is None
     )
 
@@ -89,9 +88,9 @@ def test_the_report(tmp_path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     text = write_report(tmp_path / "results.jsonl", tmp_path / "report")
     assert (tmp_path / "report" / "tables.md").read_text() == text
-    assert "| 4 tokens | C: EMMA | 1 | 2 | 90.0 (0.0) | - | - | - | 50.0 | 50.0 | 10.00% | 20.0% | 1.0 |" in text
+    assert f"| {FEW} | C: EMMA | 1 | 2 | 90.0 (0.0) | - | - | - | 50.0 | 50.0 | 10.00% | 20.0% | 1.0 |" in text
     assert "**C - D** (primary)" in text
-    assert "| C - A | 4 tokens | 2 |" in text
+    assert f"| C - A | {FEW} | 2 |" in text
     for name in ("accuracy.png", "instruction.png"):
         with Image.open(tmp_path / "report" / name) as image:
             assert min(image.size) > 200

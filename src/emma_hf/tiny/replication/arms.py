@@ -28,7 +28,6 @@ class Arm:
         instruction: in training and in the test the question's `own`, `shuffled` (another row's) or `constant`.
         question_first: whether the question also stands before the picture in the prompt.
         film: whether the question also scales and shifts the projector's hidden units, which is not EMMA.
-        attention: whether the question also weights the tokens that are averaged, which is not EMMA either.
     """
 
     title: str
@@ -37,12 +36,11 @@ class Arm:
     instruction: str = "own"
     question_first: bool = False
     film: bool = False
-    attention: bool = False
 
     @property
     def reads(self) -> bool:
         """Whether what the image becomes depends on an instruction."""
-        return self.text or self.film or self.attention
+        return self.text or self.film
 
 
 ARMS = {
@@ -53,7 +51,6 @@ ARMS = {
     "E": Arm("EMMA, constant instruction", mixing=True, text=True, instruction="constant"),
     "F": Arm("question before the picture", question_first=True),
     "G": Arm("FiLM, an upper bound that is not EMMA", mixing=True, film=True),
-    "H": Arm("attention by the question, another upper bound", mixing=True, attention=True),
 }
 _ROW = re.compile(r"([A-Z])-k(\d+)-d(\d+)-s(\d+)-r(\d+(?:\.\d+)?)(?:-w(\d+))?")
 
@@ -76,6 +73,10 @@ class Task:
         tokens = f"{self.tokens} token{'s' * (self.tokens > 1)}"
         width = "" if self.width is None else f" of {self.width} numbers"
         return f"{tokens}{width}" + ("" if self.depth == 6 else f", {self.depth} layers")
+
+
+# One token of three numbers, which hold the color, shape and size of one thing but not of six, and all tokens.
+FEW, ALL = Task(1, 3, 1), Task(64)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class Row:
         return Task(self.tokens, self.width, self.depth)
 
     @classmethod
+    def of(cls, arm: str, task: Task, seed: int, rate: float = 1.0) -> "Row":
+        """The row of an arm that is trained for a task."""
+        return cls(arm, task.tokens, task.depth, seed, rate, task.width)
+
+    @classmethod
     def parse(cls, name: str) -> "Row":
         """The row of a name.
 
@@ -131,12 +137,6 @@ class Row:
             )
         arm, tokens, depth, seed, rate, width = match.groups()
         return cls(arm, int(tokens), int(depth), int(seed), float(rate), int(width) if width else None)
-
-
-def _zero(layer: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ReplicationModel(nn.Module):
@@ -178,18 +178,17 @@ class ReplicationModel(nn.Module):
         self.language_model = model.model.language_model.requires_grad_(True)
         self.language_model.layers = layers[: row.depth]
         self.lm_head = model.lm_head.requires_grad_(True)
-        # Zero: no gain and no shift, and equal weights, at the start.
-        width = config.instruction_config.hidden_size
         if self.arm.film:
-            self.film = _zero(nn.Linear(width, 2 * self.projector.linear_1.out_features))
-        if self.arm.attention:
-            self.query = _zero(nn.Linear(width, self.projector.linear_2.out_features))
+            self.film = nn.Linear(config.instruction_config.hidden_size, 2 * self.projector.linear_1.out_features)
+            # No gain and no shift at the start.
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
         self.end_mean, self.end_scale = torch.zeros(()), torch.ones(())
         self.narrow: nn.Module = nn.Identity()
         self.train(False)
 
     def standardize_end_tokens(self, end_tokens: torch.Tensor) -> None:
-        """Let the upper bounds read end tokens around their mean, in units of their spread over questions.
+        """Let FiLM read end tokens around their mean, in units of their spread over questions.
 
         Nine tenths of an end token's norm are the same for every question: a step of the optimizer would move the gain
         of all questions by 1.
@@ -198,9 +197,6 @@ class ReplicationModel(nn.Module):
             end_tokens: H at the end tokens of some questions, (questions, instruction width).
         """
         self.end_mean, self.end_scale = end_tokens.mean(0), end_tokens.std(0)
-
-    def _end_tokens(self, instruction_features: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return (instruction_features[torch.arange(len(ends)), ends] - self.end_mean) / self.end_scale
 
     @torch.no_grad()
     def narrow_tokens(self, width: int, images: torch.Tensor) -> None:
@@ -227,7 +223,7 @@ class ReplicationModel(nn.Module):
     def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
         """Parameters that are trained, for an optimizer: what reads the instruction at `text_rate` times the rate."""
         readers = [self.text_weight, *self.instruction_projection.parameters()] if self.arm.text else []
-        readers += [each for name in ("film", "query") for each in getattr(self, name, nn.Identity()).parameters()]
+        readers += self.film.parameters() if self.arm.film else []
         known = {id(parameter) for parameter in readers}
         others = [each for each in self.parameters() if each.requires_grad and id(each) not in known]
         groups = [{"params": others, "lr": learning_rate}]
@@ -254,7 +250,8 @@ class ReplicationModel(nn.Module):
         """What the projector's activation is given, (images, visual tokens, hidden width)."""
         hidden = self.projector.linear_1(self.fused(vision_features, instruction_features))
         if self.arm.film:
-            gain, shift = self.film(self._end_tokens(instruction_features, ends))[:, None].chunk(2, dim=-1)
+            end_tokens = (instruction_features[torch.arange(len(ends)), ends] - self.end_mean) / self.end_scale
+            gain, shift = self.film(end_tokens)[:, None].chunk(2, dim=-1)
             hidden = hidden * (1 + gain) + shift
         return hidden
 
@@ -264,7 +261,7 @@ class ReplicationModel(nn.Module):
         instruction_features: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """Z averaged over squares of the grid, (images, K, text width); H weights what is averaged by the question.
+        """Z averaged over squares of the grid, (images, K, text width).
 
         Args:
             vision_features: V, (images, visual tokens, vision width).
@@ -275,12 +272,7 @@ class ReplicationModel(nn.Module):
         features = projector.linear_2(projector.act(self.hidden(vision_features, instruction_features, ends)))
         block = self.side // self.pooled_side
         grid = features.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
-        squares = grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if not self.arm.attention:
-            return self.narrow(squares.mean(2))
-        query = self.query(self._end_tokens(instruction_features, ends))
-        weights = torch.einsum("iktw,iw->ikt", squares, query).div(math.sqrt(query.shape[-1])).softmax(-1)
-        return self.narrow(torch.einsum("ikt,iktw->ikw", weights, squares))
+        return self.narrow(grid.mean((2, 4)).flatten(1, 2))
 
     def forward(
         self,
@@ -312,4 +304,4 @@ class ReplicationModel(nn.Module):
         return self.lm_head(outputs.last_hidden_state)
 
 
-__all__ = ["ARMS", "CONSTANT_INSTRUCTION", "Arm", "ReplicationModel", "Row", "Task"]
+__all__ = ["ALL", "ARMS", "CONSTANT_INSTRUCTION", "FEW", "Arm", "ReplicationModel", "Row", "Task"]

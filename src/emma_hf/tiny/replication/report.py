@@ -9,7 +9,7 @@ import numpy as np
 
 from ...model.errors_emma import EmmaError
 from ...training.plots import figure_class
-from .arms import ARMS, Row, Task
+from .arms import ALL, ARMS, FEW, Row, Task
 from .questions import SMALLEST, questions_of_test
 from .running import read_results
 
@@ -18,7 +18,6 @@ SIGNIFICANCE = 0.05
 # Colors that remain apart for readers who confuse red and green (Okabe and Ito), on light and dark paper alike.
 COLORS = {
     "A": "#999999", "B": "#56B4E9", "C": "#D55E00", "D": "#E69F00", "E": "#009E73", "F": "#0072B2", "G": "#CC79A7",
-    "H": "#F0E442",
 }  # fmt: skip
 
 
@@ -45,7 +44,6 @@ class Comparison:
 
 
 # Written down before any row was run.
-FEW, ALL = Task(4), Task(64)
 COMPARISONS = (
     Comparison(("C", "as trained"), ("D", "as trained"), FEW, primary=True),
     Comparison(("C", "as trained"), ("E", "as trained"), FEW, primary=True),
