@@ -38,7 +38,7 @@ def logits_of(
     input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor)
     features = tiny.model.get_instruction_features(ids)
     images = model.image_features(vision, features, end_tokens(ids, processor))
-    return model(input_ids, attention_mask, images, is_image, shared)
+    return model.lm_head(model(input_ids, attention_mask, images, is_image, shared))
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])

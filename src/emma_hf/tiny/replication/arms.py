@@ -282,7 +282,7 @@ class ReplicationModel(nn.Module):
         is_image: torch.Tensor,
         shared: int,
     ) -> torch.Tensor:
-        """Logits of the tokens behind those that all rows begin with, (rows, tokens - shared, vocabulary).
+        """Last hidden states of the tokens behind those that all rows begin with, (rows, tokens - shared, text width).
 
         What all rows begin with is computed once: two thirds of a prompt with 4 visual tokens.
 
@@ -301,7 +301,7 @@ class ReplicationModel(nn.Module):
         outputs = self.language_model(
             inputs_embeds=embeddings, attention_mask=attention_mask, **{CACHE_NAME: cache}, use_cache=True
         )
-        return self.lm_head(outputs.last_hidden_state)
+        return outputs.last_hidden_state
 
 
 __all__ = ["ALL", "ARMS", "CONSTANT_INSTRUCTION", "FEW", "Arm", "ReplicationModel", "Row", "Task"]

@@ -265,8 +265,8 @@ def _train(
             "constant": [constant] * size,
         }[arm.instruction]
         vision = torch.from_numpy(images[[training.images[index] for index in chosen]].astype(np.float32))
-        logits, labels = _logits(model, towers, encoded, vision, torch.tensor(ids))
-        loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+        logits, labels, _ = _logits(model, towers, encoded, vision, torch.tensor(ids))
+        loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), 1.0)
         optimizer.step()
@@ -284,13 +284,15 @@ def _logits(
     encoded: Sequence[Encoded],
     vision: torch.Tensor,
     instructions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (rows, vocabulary, tokens) and labels (rows, tokens) of what follows the beginning that all rows share."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (labels, vocabulary) of the tokens of all answers, their labels, and the row of each."""
     input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, towers.processor)
     features = model.image_features(vision, *towers.read(model.arm, instructions))
     shared = len(encoded[0].before)
-    logits = model(input_ids, attention_mask, features, is_image, shared)
-    return logits[:, :-1].transpose(1, 2), labels[:, shared + 1 :]
+    states = model(input_ids, attention_mask, features, is_image, shared)
+    labels = labels[:, shared + 1 :]
+    learned = labels != IGNORE_INDEX
+    return model.lm_head(states[:, :-1][learned]), labels[learned], learned.nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -315,9 +317,9 @@ def measure(model: ReplicationModel, towers: Towers, row: Row, budget: Replicati
         for begin in tqdm(range(0, len(encoded), budget.batch_size), desc=f"{row.name}, {name}", leave=False):
             part = slice(begin, begin + budget.batch_size)
             batch = vision[[scene for scene, _ in questions[part]]]
-            logits, labels = _logits(model, towers, encoded[part], batch, ids[part])
-            right = (logits.argmax(1) == labels) | (labels == IGNORE_INDEX)
-            hits[name] += right.all(-1).tolist()
+            logits, labels, rows = _logits(model, towers, encoded[part], batch, ids[part])
+            wrong = set(rows[logits.argmax(-1) != labels].tolist())
+            hits[name] += [index not in wrong for index in range(len(batch))]
     trained = hits["as trained"]
     whole = [
         all(hit for hit, (index, question) in zip(trained, questions) if index == scene and question.family != SMALLEST)
