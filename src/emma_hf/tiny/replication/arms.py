@@ -76,7 +76,7 @@ class Task:
 
 
 # One token of three numbers, which hold the color, shape and size of one thing but not of six, and all tokens.
-FEW, ALL = Task(1, 3, 1), Task(64)
+FEW, ALL = Task(1, 3, 2), Task(64)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class ReplicationBudget:
     """
 
     images: int = 20_000
-    rows: int = 160_000
+    rows: int = 192_000
     batch_size: int = 64
     learning_rate: float = 3e-3
     scenes: int = 700
@@ -413,14 +413,14 @@ def _processor_name() -> str:
 def planned_rows(names: Iterable[str] | None = None) -> list[Row]:
     """The rows of the table, those of the primary comparison first; or the rows of names.
 
-    With few tokens five seeds of A to E, two of F and G, and two of C with twice the rate of the text weights; with all
+    With few tokens five seeds of A to E, two of F and G, and two of C with thrice the rate of the text weights; with all
     tokens three seeds of A, B, C and E.
     """
     if names:
         return [Row.parse(name) for name in names]
     few = [Row.of(arm, FEW, seed) for seed in range(5) for arm in "BCDEA"]
-    bounds = [Row.of(arm, FEW, seed) for seed in range(2) for arm in "FG"]
-    rates = [Row.of("C", FEW, seed, 2.0) for seed in range(2)]
+    bounds = [Row.of(arm, FEW, seed, 3.0 if arm == "G" else 1.0) for seed in range(2) for arm in "FG"]
+    rates = [Row.of("C", FEW, seed, 3.0) for seed in range(2)]
     many = [Row.of(arm, ALL, seed) for seed in range(3) for arm in "ABCE"]
     return [*few, *bounds, *rates, *many]
 
