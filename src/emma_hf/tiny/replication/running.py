@@ -413,8 +413,8 @@ def _processor_name() -> str:
 def planned_rows(names: Iterable[str] | None = None) -> list[Row]:
     """The rows of the table, those of the primary comparison first; or the rows of names.
 
-    With few tokens five seeds of A to E, two of F and G, and two of C with three times the rate of the text weights; with
-    all tokens three seeds of A, B, C and E.
+    With few tokens five seeds of A to E, two of F and G, and two of C with three times the rate of the text weights.
+    With all tokens three seeds of A, B, C and E.
     """
     if names:
         return [Row.parse(name) for name in names]
