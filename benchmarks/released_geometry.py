@@ -290,7 +290,7 @@ def main() -> None:
             raise SystemExit("The reversed checkpoint is another one; no figure is worth printing.")
     for name, each in parts.items():
         report.add(
-            f"A checkpoint of {written / 1e9:.3g} GB",
+            f"A checkpoint with a language model of {written / 1e9:.3g} GB",
             **{"part": name, "time, s": each["seconds"], "peak memory, MB": each["peak"] and each["peak"] / 1e6},
         )
     report_answers(report, answers)

@@ -201,7 +201,7 @@ def test_the_released_geometry_is_measured_at_any_size(tmp_path):
     # Made, and left empty.
     assert list((tmp_path / "not" / "yet").iterdir()) == []
     tables = json.loads((tmp_path / "released_geometry.json").read_text())["tables"]
-    (parts,) = (rows for name, rows in tables.items() if name.startswith("A checkpoint of"))
+    (parts,) = (rows for name, rows in tables.items() if name.startswith("A checkpoint with"))
     assert all(row["time, s"] > 0 for row in parts)
     whole, fewer, llava = tables["Visual tokens"]
     assert whole["prompt, tokens"] == llava["prompt, tokens"] == fewer["prompt, tokens"] + 12

@@ -94,6 +94,21 @@ def test_arms_are_paired_by_seed_and_the_shuffled_instructions_are_other_rows():
     assert sorted(rows.others) == list(range(20))
 
 
+def test_training_and_test_ask_about_the_families_of_the_budget_alone():
+    processor = EmmaProcessor.from_pretrained(EMMA_TINY)
+    assert {question.family for _, question in questions_of_test(20, ("size",))} == {"size", SMALLEST}
+    answers = [
+        processor.tokenizer.decode(each.after[each.answer :], skip_special_tokens=True).strip()
+        for each in TrainingRows.make(0, 40, 16, ("size",), processor).encoded
+    ]
+    assert {"Small", "Large"} <= set(answers) <= {"Small", "Medium", "Large"}
+
+
+def test_a_run_with_all_tokens_is_an_eighth_as_long():
+    budget = ReplicationBudget(rows=640, batch_size=8)
+    assert (budget.steps(FEW.tokens), budget.steps(64)) == (80, 10)
+
+
 def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
     towers = Towers.load()
     processor = towers.processor
@@ -152,6 +167,7 @@ def test_the_planned_rows():
     rows = planned_rows()
     assert len(rows) == len(set(rows)) == 25 + 4 + 2 + 12
     assert {row.arm for row in rows[:5]} == set("ABCDE")
+    assert {(row.arm, row.rate) for row in rows if row.rate != 1} == {("C", 3), ("G", 3)}
     assert planned_rows(["G-k4-d6-s1-r1"]) == [Row("G", seed=1)]
 
 
