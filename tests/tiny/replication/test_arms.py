@@ -6,7 +6,7 @@ import torch
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.tiny.drawing import draw
 from emma_hf.tiny.questions import Question
-from emma_hf.tiny.replication.arms import ARMS, ReplicationModel, Row, Task
+from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, ReplicationModel, Row, Task
 from emma_hf.tiny.replication.questions import collate, encode, end_tokens
 from emma_hf.tiny.scenes import Scene
 
@@ -22,10 +22,15 @@ def load() -> EmmaForConditionalGeneration:
     return EmmaForConditionalGeneration.from_pretrained(EMMA_TINY, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def build(arm: str, tokens: int = 4, depth: int = 6) -> tuple[ReplicationModel, EmmaForConditionalGeneration]:
+def build(
+    arm: str, tokens: int = 4, depth: int = 6, width: int | None = None
+) -> tuple[ReplicationModel, EmmaForConditionalGeneration]:
     tiny = load()
-    mean_text = 0.1 * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    return ReplicationModel(tiny, Row(arm, tokens, depth), mean_text), tiny
+    generator = torch.Generator().manual_seed(0)
+    model = ReplicationModel(tiny, Row(arm, tokens, depth), 0.1 * torch.randn(64, 128, generator=generator))
+    if width is not None:
+        model.narrow_tokens(width, torch.randn(40, tokens, 192, generator=generator), seed=5)
+    return model, tiny
 
 
 def logits_of(
@@ -41,13 +46,14 @@ def logits_of(
     return model.lm_head(model(input_ids, attention_mask, images, is_image, shared))
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 64])
-def test_all_arms_begin_as_the_same_function(tokens, processor):
-    logits = {arm: logits_of(*build(arm, tokens), processor) for arm in "ABCDEG"}
+@pytest.mark.parametrize("task", [FEW, Task(1), Task(4), ALL], ids=str)
+def test_all_arms_begin_as_the_same_function(task, processor):
+    tokens, depth, width = task.tokens, task.depth, task.width
+    logits = {arm: logits_of(*build(arm, tokens, depth, width), processor) for arm in "ABCDEG"}
     for arm in "BCDEG":
         assert torch.allclose(logits[arm], logits["A"], atol=1e-5), arm
     # The question before the picture is another prompt.
-    assert logits_of(*build("F", tokens), processor).shape[1] > logits["A"].shape[1]
+    assert logits_of(*build("F", tokens, depth, width), processor).shape[1] > logits["A"].shape[1]
 
 
 def test_the_start_is_emma_tiny_with_its_text_term_folded_into_an_offset(processor):
@@ -139,24 +145,45 @@ def test_film_scales_and_shifts_hidden_units_by_the_standardized_end_token():
         torch.testing.assert_close(found[image], whole[image] + whole[image] * gain + shift, atol=1e-3, rtol=1e-4)
 
 
-def test_a_narrow_token_keeps_the_principal_components():
+def test_a_narrow_token_holds_the_principal_components():
     model, _ = build("C", tokens=1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(40, 1, 4, generator=generator) @ torch.randn(4, 192, generator=generator) + 3
-    model.narrow_tokens(4, tokens)
-    # Four numbers hold what varies in four directions; fewer hold the part that an independent computation gives.
-    torch.testing.assert_close(model.narrow(tokens), tokens, atol=1e-4, rtol=1e-4)
-    model.narrow_tokens(2, tokens)
+    model.narrow_tokens(2, tokens, seed=0)
+    # Independently: the eigenvectors of the covariance with the largest values, which have no sign.
     centered = (tokens - tokens.mean(0))[:, 0]
     _, vectors = torch.linalg.eigh(centered.T @ centered)
-    kept = vectors[:, -2:] @ vectors[:, -2:].T
-    torch.testing.assert_close(model.narrow(tokens)[:, 0] - tokens.mean(0), centered @ kept, atol=1e-3, rtol=1e-3)
+    expected = centered @ vectors[:, [-1, -2]]
+    numbers = model.narrow[0]((tokens[:, 0] - model.image_mean) / model.image_scale)
+    torch.testing.assert_close(numbers.abs(), (expected / expected.std(0).mean()).abs(), atol=1e-3, rtol=1e-3)
     assert {name for name, each in model.narrow.named_parameters() if each.requires_grad} == {
         "0.weight", "0.bias", "1.weight", "1.bias",
     }  # fmt: skip
     for width in (0, 193):
         with pytest.raises(ValueError, match=f"has 192 numbers, of which 1 or more are left: got {width}"):
-            model.narrow_tokens(width, tokens)
+            model.narrow_tokens(width, tokens, seed=0)
+
+
+def test_what_reads_narrow_tokens_begins_at_random_by_its_seed():
+    tokens = torch.randn(40, 1, 192, generator=torch.Generator().manual_seed(0))
+    states = []
+    for seed in (1, 1, 2):
+        model, _ = build("G", tokens=1)
+        trained = {name: each.clone() for name, each in model.state_dict().items()}
+        model.narrow_tokens(3, tokens, seed)
+        states.append({name: each for name, each in model.state_dict().items() if name in trained})
+    # All of the language model is new, nothing before it is.
+    of_reader = {name for name in trained if name.startswith(("language_model.", "lm_head."))}
+    assert {name for name, each in trained.items() if not torch.equal(each, states[0][name])} == of_reader
+    assert all(torch.equal(states[0][name], states[1][name]) for name in trained)
+    assert not torch.equal(states[0]["lm_head.weight"], states[2]["lm_head.weight"])
+    norms = {name for name in of_reader if states[0][name].dim() == 1}
+    assert norms
+    assert all(torch.equal(states[0][name], torch.ones(192)) for name in norms)
+    spreads = {name: states[0][name].std().item() for name in of_reader - norms}
+    for name, spread in spreads.items():
+        expected = 1 if "embed" in name else states[0][name].shape[1] ** -0.5
+        assert spread == pytest.approx(expected, rel=0.02), name
 
 
 def test_a_row_has_a_name():

@@ -11,7 +11,7 @@ from emma_hf.tiny.replication.questions import SMALLEST, questions_of_test
 from emma_hf.tiny.replication.report import Comparison, compare, holm, write_report
 from emma_hf.tiny.replication.running import ReplicationBudget
 
-SCENES = 12
+SCENES = 40
 BUDGET = ReplicationBudget(scenes=SCENES)
 ASKED = questions_of_test(SCENES, BUDGET.families)
 

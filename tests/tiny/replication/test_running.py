@@ -9,7 +9,7 @@ import torch
 from emma_hf import EMMA_TINY, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.tiny.questions import Question
-from emma_hf.tiny.replication.arms import ARMS, FEW, Row
+from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, Row
 from emma_hf.tiny.replication.questions import (
     SMALLEST,
     TrainingRows,
@@ -46,7 +46,7 @@ def test_two_rows_are_trained_measured_and_kept(toy_run):
     for row, line in zip(rows, lines, strict=True):
         assert line["row"] == row.name
         assert line["command"] == f"emma-hf tiny replicate {row.name}"
-        assert len(line["loss"]) == TOY.steps(FEW.tokens) == 4
+        assert len(line["loss"]) == TOY.steps(FEW) == 4
         assert line["hits"].keys() == {"as trained", "own", "swapped", "empty"}
         hits = [digit == "1" for digit in line["hits"]["as trained"]]
         assert len(hits) == len(asked)
@@ -76,7 +76,7 @@ def test_a_row_again_gives_the_same_numbers(toy_run, tmp_path):
 def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
     rows, folder, _ = toy_run
     assert replicate(rows, folder / "results.jsonl", folder / "work", TOY) == []
-    with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d2-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
+    with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d1-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
         replicate(rows, folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
 
 
@@ -104,9 +104,10 @@ def test_training_and_test_ask_about_the_families_of_the_budget_alone():
     assert {"Small", "Large"} <= set(answers) <= {"Small", "Medium", "Large"}
 
 
-def test_a_run_with_all_tokens_is_an_eighth_as_long():
-    budget = ReplicationBudget(rows=640, batch_size=8)
-    assert (budget.steps(FEW.tokens), budget.steps(64)) == (80, 10)
+def test_a_run_that_begins_as_emma_tiny_is_shorter_and_gentler():
+    budget = ReplicationBudget(rows=640, batch_size=8, learning_rate=2e-3)
+    assert (budget.steps(FEW), budget.steps(ALL)) == (80, 5)
+    assert (budget.rate(FEW), budget.rate(ALL)) == pytest.approx((2e-3, 2e-4))
 
 
 def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
@@ -184,4 +185,4 @@ def test_the_command_reports(toy_run, capsys):
     assert "**C - D** (primary)" in printed
     share = 100 * lines[0]["accuracy"]["as trained"]["all"]["share"]
     assert f"| C: EMMA | 1 | 1 | {share:.1f} |" in printed
-    assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k1-d2-s0-r1-w3"
+    assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k1-d1-s0-r1-w3"

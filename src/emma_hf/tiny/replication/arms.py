@@ -61,7 +61,8 @@ class Task:
 
     Args:
         tokens: visual tokens, as in [`Row`].
-        width: numbers that a visual token has on its way to the language model. Default: all.
+        width: numbers that a visual token has on its way to the language model, which then begins at random. Default:
+            all, and the language model begins as emma-tiny's.
         depth: layers.
     """
 
@@ -72,11 +73,11 @@ class Task:
     def __str__(self) -> str:
         tokens = f"{self.tokens} token{'s' * (self.tokens > 1)}"
         width = "" if self.width is None else f" of {self.width} numbers"
-        return f"{tokens}{width}" + ("" if self.depth == 6 else f", {self.depth} layers")
+        return f"{tokens}{width}" + ("" if self.depth == 6 else f", {self.depth} layer{'s' * (self.depth > 1)}")
 
 
-# One token of three numbers, which hold the color, shape and size of one thing but not of six, and all tokens.
-FEW, ALL = Task(1, 3, 2), Task(64)
+# One token of three numbers, which hold the color and shape of one thing but not of six, and all tokens.
+FEW, ALL = Task(1, 3, 1), Task(64)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Row:
         depth: layers of the language model.
         seed: of the order of questions, which all arms share.
         rate: learning rate of what reads the instruction, in units of that of all others.
-        width: numbers that a visual token has on its way to the language model. Default: all.
+        width: numbers that a visual token has on its way to the language model, as in [`Task`].
 
     Raises:
         EmmaError: an arm that does not exist.
@@ -184,6 +185,7 @@ class ReplicationModel(nn.Module):
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
         self.end_mean, self.end_scale = torch.zeros(()), torch.ones(())
+        self.image_mean, self.image_scale = torch.zeros(()), torch.ones(())
         self.narrow: nn.Module = nn.Identity()
         self.train(False)
 
@@ -199,12 +201,16 @@ class ReplicationModel(nn.Module):
         self.end_mean, self.end_scale = end_tokens.mean(0), end_tokens.std(0)
 
     @torch.no_grad()
-    def narrow_tokens(self, width: int, images: torch.Tensor) -> None:
-        """Let each visual token pass through `width` numbers, at first the principal components of `images`.
+    def narrow_tokens(self, width: int, images: torch.Tensor, seed: int) -> None:
+        """Let each visual token pass through `width` numbers, and a language model read them that begins at random.
+
+        The numbers are at first the principal components of `images`, in units of their mean spread. emma-tiny's
+        language model reads such tokens no sooner than a random one: nothing that it learned is left in them.
 
         Args:
             width: at least 1 and at most the text width.
             images: a result of [`image_features`], (images, K, text width).
+            seed: of what begins at random.
 
         Raises:
             EmmaError: a width that does not exist.
@@ -212,13 +218,19 @@ class ReplicationModel(nn.Module):
         tokens = images.flatten(0, 1)
         if not 1 <= width <= tokens.shape[-1]:
             raise EmmaError(f"A visual token has {tokens.shape[-1]} numbers, of which 1 or more are left: got {width}.")
-        mean = tokens.mean(0)
-        directions = torch.linalg.svd(tokens - mean, full_matrices=False).Vh[:width]
-        self.narrow = nn.Sequential(nn.Linear(len(mean), width), nn.Linear(width, len(mean)))
+        self.image_mean = tokens.mean(0)
+        directions = torch.linalg.svd(tokens - self.image_mean, full_matrices=False).Vh[:width]
+        self.image_scale = ((tokens - self.image_mean) @ directions.T).std(0).mean()
+        self.narrow = nn.Sequential(nn.Linear(tokens.shape[-1], width), nn.Linear(width, tokens.shape[-1]))
+        generator = torch.Generator().manual_seed(seed)
+        for module in (self.narrow, self.language_model, self.lm_head):
+            for name, parameter in module.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                else:
+                    spread = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                    parameter.normal_(0.0, spread, generator=generator)
         self.narrow[0].weight.copy_(directions)
-        self.narrow[0].bias.copy_(-directions @ mean)
-        self.narrow[1].weight.copy_(directions.T)
-        self.narrow[1].bias.copy_(mean)
 
     def parameter_groups(self, learning_rate: float, text_rate: float) -> list[dict[str, Any]]:
         """Parameters that are trained, for an optimizer: what reads the instruction at `text_rate` times the rate."""
@@ -268,11 +280,12 @@ class ReplicationModel(nn.Module):
             instruction_features: H, (images, instruction tokens, instruction width).
             ends: index of each instruction's end token, (images,).
         """
-        projector = self.projector
-        features = projector.linear_2(projector.act(self.hidden(vision_features, instruction_features, ends)))
+        active = self.projector.act(self.hidden(vision_features, instruction_features, ends))
         block = self.side // self.pooled_side
-        grid = features.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
-        return self.narrow(grid.mean((2, 4)).flatten(1, 2))
+        grid = active.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
+        # The mean of what a linear layer gives is what it gives of the mean.
+        features = self.projector.linear_2(grid.mean((2, 4)).flatten(1, 2))
+        return self.narrow((features - self.image_mean) / self.image_scale)
 
     def forward(
         self,

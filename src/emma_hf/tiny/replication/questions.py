@@ -117,10 +117,14 @@ class TrainingRows:
     ) -> "TrainingRows":
         """The rows of a seed."""
         chosen, encoded = [], []
+        known: dict[tuple[str, str], Encoded] = {}
         for index in tqdm(range(rows), desc="questions", delay=2):
             image, question = training_question(images, families, SeededRandom((seed << 40) + index))
+            key = (question.text, question.answer)
+            if key not in known:
+                known[key] = encode(question, processor)
             chosen.append(image)
-            encoded.append(encode(question, processor))
+            encoded.append(known[key])
         return cls(chosen, encoded, SeededRandom((seed << 40) - 1).sample(range(rows), rows))
 
 
