@@ -18,6 +18,7 @@ from emma_hf.tiny.replication.questions import (
     instruction_ids,
     questions_of_test,
     smallest_question,
+    training_question,
 )
 from emma_hf.tiny.replication.running import (
     ReplicationBudget,
@@ -92,6 +93,9 @@ def test_arms_are_paired_by_seed_and_the_shuffled_instructions_are_other_rows():
     assert rows == again
     assert rows != TrainingRows.make(4, 20, 16, TOY.families, processor)
     assert sorted(rows.others) == list(range(20))
+    for index, encoded in enumerate(rows.questions(range(20))):
+        image, question = training_question(16, TOY.families, SeededRandom((3 << 40) + index))
+        assert (rows.images[index], encoded) == (image, encode(question, processor))
 
 
 def test_training_and_test_ask_about_the_families_of_the_budget_alone():

@@ -1,6 +1,6 @@
 """Training rows and test questions of the replication, the same for all arms."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,29 +103,33 @@ class TrainingRows:
 
     Args:
         images: index of each row's image.
-        encoded: each row's question.
+        asked: index in `encoded` of each row's question.
         others: for each row the row whose instruction it has in the arm with shuffled instructions.
+        encoded: the questions, each once.
     """
 
     images: list[int]
-    encoded: list[Encoded]
+    asked: list[int]
     others: list[int]
+    encoded: list[Encoded]
+
+    def questions(self, rows: Iterable[int]) -> list[Encoded]:
+        """The questions of some rows."""
+        return [self.encoded[self.asked[row]] for row in rows]
 
     @classmethod
     def make(
         cls, seed: int, rows: int, images: int, families: Sequence[str], processor: EmmaProcessor
     ) -> "TrainingRows":
         """The rows of a seed."""
-        chosen, encoded = [], []
-        known: dict[tuple[str, str], Encoded] = {}
+        chosen, asked = [], []
+        places: dict[Question, int] = {}
         for index in tqdm(range(rows), desc="questions", delay=2):
             image, question = training_question(images, families, SeededRandom((seed << 40) + index))
-            key = (question.text, question.answer)
-            if key not in known:
-                known[key] = encode(question, processor)
             chosen.append(image)
-            encoded.append(known[key])
-        return cls(chosen, encoded, SeededRandom((seed << 40) - 1).sample(range(rows), rows))
+            asked.append(places.setdefault(question, len(places)))
+        others = SeededRandom((seed << 40) - 1).sample(range(rows), rows)
+        return cls(chosen, asked, others, [encode(question, processor) for question in places])
 
 
 def collate(

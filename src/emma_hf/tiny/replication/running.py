@@ -232,12 +232,10 @@ def _training_rows(seed: int, budget: ReplicationBudget, processor: EmmaProcesso
     if not path.is_file():
         made = TrainingRows.make(seed, budget.rows, budget.images, budget.families, processor)
         partial = path.with_suffix(".part")
-        write_json(
-            partial, {"images": made.images, "encoded": [vars(each) for each in made.encoded], "others": made.others}
-        )
+        write_json(partial, asdict(made))
         partial.rename(path)
     values = read_json(path)
-    return TrainingRows(values["images"], [Encoded(**each) for each in values["encoded"]], values["others"])
+    return TrainingRows(**{**values, "encoded": [Encoded(**each) for each in values["encoded"]]})
 
 
 def _train(
@@ -262,10 +260,10 @@ def _train(
     progress = tqdm(range(steps), desc=row.name)
     for step in progress:
         chosen = range(step * size, (step + 1) * size)
-        encoded = [training.encoded[index] for index in chosen]
+        encoded = training.questions(chosen)
         ids = {
             "own": [each.instruction for each in encoded],
-            "shuffled": [training.encoded[training.others[index]].instruction for index in chosen],
+            "shuffled": [each.instruction for each in training.questions(training.others[row] for row in chosen)],
             "constant": [constant] * size,
         }[arm.instruction]
         vision = torch.from_numpy(images[[training.images[index] for index in chosen]].astype(np.float32))
