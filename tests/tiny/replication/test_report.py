@@ -91,6 +91,7 @@ def test_the_report(tmp_path):
     assert f"| {FEW} | C: EMMA | 1 | 2 | 90.0 (0.0) | - | - | - | 50.0 | 50.0 | 10.00% | 20.0% | 1.0 |" in text
     assert "**C - D** (primary)" in text
     assert f"| C - A | {FEW} | 2 |" in text
+    assert f"| {FEW} | C | 1 | 90.0 (0.0) | 90.0 (0.0) | 0: 90.0, 1: 90.0 |" in text
     for name in ("accuracy.png", "instruction.png"):
         with Image.open(tmp_path / "report" / name) as image:
             assert min(image.size) > 200

@@ -200,10 +200,12 @@ def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
 
 def _table_of_families(results: Sequence[dict[str, Any]]) -> str:
     families = results[0]["budget"]["families"]
-    lines = [f"| task | arm | rate of text | {' | '.join(families)} |", "|---" * (3 + len(families)) + "|"]
+    lines = [f"| task | arm | rate of text | {' | '.join(families)} | each seed |", "|---" * (4 + len(families)) + "|"]
     for (task, arm, rate), group in _groups(results).items():
         cells = " | ".join(_mean(group, "as trained", family) for family in families)
-        lines.append(f"| {task} | {arm} | {rate:g} | {cells} |")
+        shares = {line["seed"]: 100 * line["accuracy"]["as trained"]["all"]["share"] for line in group}
+        seeds = ", ".join(f"{seed}: {share:.1f}" for seed, share in shares.items())
+        lines.append(f"| {task} | {arm} | {rate:g} | {cells} | {seeds} |")
     return "\n".join(lines) + "\n"
 
 
