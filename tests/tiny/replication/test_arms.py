@@ -40,7 +40,8 @@ def logits_of(
     pixels = processor.image_processor([draw(Scene.random(7)), draw(Scene.random(8))], return_tensors="pt")
     vision = tiny.get_vision_features(pixels["pixel_values"])
     ids = torch.tensor([each.instruction for each in encoded])
-    input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor)
+    before = len(encoded[0].before)
+    input_ids, attention_mask, is_image, _ = collate(encoded, model.arm, model.tokens, processor, before)
     features = tiny.model.get_instruction_features(ids)
     images = model.image_features(vision, features, end_tokens(ids, processor))
     return model.lm_head(model(input_ids, attention_mask, images, is_image, shared))
@@ -72,7 +73,8 @@ def test_the_start_is_emma_tiny_with_its_text_term_folded_into_an_offset(process
         terms = adaptation.visual_alignment.weight[:, 64:] @ projected
         expected = tiny.model.multi_modal_projector(own - terms + mean_text)
         encoded = [encode(question, processor) for question in QUESTIONS]
-        input_ids, attention_mask, _, _ = collate(encoded, ARMS["A"], 64, processor)
+        before = len(encoded[0].before)
+        input_ids, attention_mask, _, _ = collate(encoded, ARMS["A"], 64, processor, before)
         outputs = tiny(input_ids=input_ids, attention_mask=attention_mask, image_features=expected)
     model = ReplicationModel(tiny, Row("A", 64), mean_text)
     logits = logits_of(model, tiny, processor)

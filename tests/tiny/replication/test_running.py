@@ -9,7 +9,7 @@ import torch
 from emma_hf import EMMA_TINY, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.tiny.questions import Question
-from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, Row
+from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, ReplicationModel, Row
 from emma_hf.tiny.replication.questions import (
     SMALLEST,
     TrainingRows,
@@ -23,6 +23,7 @@ from emma_hf.tiny.replication.questions import (
 from emma_hf.tiny.replication.running import (
     ReplicationBudget,
     Towers,
+    _logits,
     _test_instructions,
     planned_rows,
     read_results,
@@ -158,8 +159,13 @@ def test_prompts_hold_the_picture_once_and_labels_hold_the_answer():
     questions = [Question("How many things are there?", "3", "count"), Question("Is there a red star?", "No", "")]
     encoded = [encode(question, processor) for question in questions]
     for arm in ("A", "F"):
-        input_ids, attention_mask, is_image, labels = collate(encoded, ARMS[arm], 4, processor)
+        whole = collate(encoded, ARMS[arm], 4, processor, len(encoded[0].before))
+        input_ids, attention_mask, is_image, labels = whole
         assert is_image.sum(-1).tolist() == [4, 4]
+        # Without the system prompt: what follows the first token is what follows all tokens that rows share.
+        for every, part in zip(whole, collate(encoded, ARMS[arm], 4, processor, 1)):
+            assert torch.equal(part[:, 0], every[:, 0])
+            assert torch.equal(part[:, 1:], every[:, len(encoded[0].before) :])
         for row, question in enumerate(questions):
             ids = input_ids[row][attention_mask[row].bool() & ~is_image[row]].tolist()
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -190,3 +196,22 @@ def test_the_command_reports(toy_run, capsys):
     share = 100 * lines[0]["accuracy"]["as trained"]["all"]["share"]
     assert f"| C: EMMA | 1 | 1 | {share:.1f} |" in printed
     assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k1-d1-s0-r1-w3"
+
+
+def test_a_language_model_that_begins_at_random_gets_no_system_prompt(monkeypatch):
+    lengths = []
+
+    def forward(self, input_ids, attention_mask, images, is_image, shared):
+        lengths.append((shared, int(attention_mask.sum(-1).min()) - self.tokens))
+        return torch.zeros(*input_ids[:, shared:].shape, 192)
+
+    monkeypatch.setattr(ReplicationModel, "forward", forward)
+    questions = [encode(Question("Is there a star?", "No", ""), EmmaProcessor.from_pretrained(EMMA_TINY))]
+    for row in (Row.of("A", FEW, 0), Row.of("A", ALL, 0)):
+        towers = Towers.load()
+        model = ReplicationModel(towers.tiny, row, torch.zeros(64, 128))
+        if row.width is not None:
+            model.narrow_tokens(row.width, torch.randn(8, 1, 192), seed=0)
+        _logits(model, towers, questions, torch.zeros(1, 64, 128), towers.ids(["Is there a star?"]))
+    before, after = len(questions[0].before), len(questions[0].after)
+    assert lengths == [(1, 1 + after), (before, before + after)]

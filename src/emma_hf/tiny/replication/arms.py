@@ -157,7 +157,7 @@ class ReplicationModel(nn.Module):
 
     def __init__(self, model: EmmaForConditionalGeneration, row: Row, mean_text: torch.Tensor) -> None:
         super().__init__()
-        self.arm, self.tokens = ARMS[row.arm], row.tokens
+        self.row, self.arm, self.tokens = row, ARMS[row.arm], row.tokens
         adaptation, config = model.model.modality_adaptation, model.config
         self.side, self.pooled_side = math.isqrt(config.vision_seq_length), math.isqrt(row.tokens)
         if self.pooled_side**2 != row.tokens or not row.tokens or self.side % self.pooled_side:

@@ -133,16 +133,23 @@ class TrainingRows:
 
 
 def collate(
-    encoded: Sequence[Encoded], arm: Arm, tokens: int, processor: EmmaProcessor
+    encoded: Sequence[Encoded], arm: Arm, tokens: int, processor: EmmaProcessor, shared: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prompts and answers, padded at their ends.
+
+    Args:
+        encoded: questions.
+        arm: whether the question also stands before the picture.
+        tokens: visual tokens.
+        processor: names the tokens of the picture and of the padding.
+        shared: how many of the tokens before the picture are kept, which are the same in every prompt.
 
     Returns:
         `input_ids`, `attention_mask`, `is_image` and `labels`, each (rows, tokens).
     """
     rows, labels = [], []
     for each in encoded:
-        before = [*each.before, *(each.question if arm.question_first else [])]
+        before = [*each.before[:shared], *(each.question if arm.question_first else [])]
         row = [*before, *[processor.image_token_id] * tokens, *each.after]
         start = len(row) - len(each.after) + each.answer
         rows.append(row)

@@ -288,9 +288,10 @@ def _logits(
     instructions: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (labels, vocabulary) of the tokens of all answers, their labels, and the row of each."""
-    input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, towers.processor)
+    # A language model that begins at random needs no system prompt: an image token among its tokens is read late.
+    shared = len(encoded[0].before) if model.row.width is None else 1
+    input_ids, attention_mask, is_image, labels = collate(encoded, model.arm, model.tokens, towers.processor, shared)
     features = model.image_features(vision, *towers.read(model.arm, instructions))
-    shared = len(encoded[0].before)
     states = model(input_ids, attention_mask, features, is_image, shared)
     labels = labels[:, shared + 1 :]
     learned = labels != IGNORE_INDEX
