@@ -78,7 +78,7 @@ def test_a_row_again_gives_the_same_numbers(toy_run, tmp_path):
 def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
     rows, folder, _ = toy_run
     assert replicate(rows, folder / "results.jsonl", folder / "work", TOY) == []
-    with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d1-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
+    with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d2-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
         replicate(rows, folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
 
 
@@ -195,7 +195,7 @@ def test_the_command_reports(toy_run, capsys):
     assert "**C - D** (primary)" in printed
     share = 100 * lines[0]["accuracy"]["as trained"]["all"]["share"]
     assert f"| C: EMMA | 1 | 1 | {share:.1f} |" in printed
-    assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k1-d1-s0-r1-w3"
+    assert json.loads((folder / "results.jsonl").read_text().splitlines()[0])["row"] == "C-k1-d2-s0-r1-w3"
 
 
 def test_a_language_model_that_begins_at_random_gets_no_system_prompt(monkeypatch):

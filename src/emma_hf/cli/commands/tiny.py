@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
         "replicate", help="train it with and without its instruction, and compare; rows that are done are left out"
     )
     replicate.add_argument(
-        "rows", nargs="*", metavar="ROW", help="ARM-kTOKENS-dDEPTH-sSEED-rRATE[-wWIDTH]: C-k1-d1-s0-r1-w3"
+        "rows", nargs="*", metavar="ROW", help="ARM-kTOKENS-dDEPTH-sSEED-rRATE[-wWIDTH]: C-k1-d2-s0-r1-w3"
     )
     replicate.add_argument("--all", action="store_true", help="every row of the table")
     replicate.add_argument("--report", action="store_true", help="tables and figures of the rows that are done")

@@ -77,7 +77,7 @@ class Task:
 
 
 # One token of three numbers, which hold the color and shape of one thing but not of six, and all tokens.
-FEW, ALL = Task(1, 3, 1), Task(64)
+FEW, ALL = Task(1, 3, 2), Task(64)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,8 @@ class ReplicationModel(nn.Module):
                 if parameter.dim() == 1:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 else:
-                    spread = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                    # Embeddings are small beside what attention adds to them, or it is learned late.
+                    spread = 0.1 if "embed" in name else parameter.shape[1] ** -0.5
                     parameter.normal_(0.0, spread, generator=generator)
         self.narrow[0].weight.copy_(directions)
 
@@ -280,12 +281,14 @@ class ReplicationModel(nn.Module):
             instruction_features: H, (images, instruction tokens, instruction width).
             ends: index of each instruction's end token, (images,).
         """
-        active = self.projector.act(self.hidden(vision_features, instruction_features, ends))
-        block = self.side // self.pooled_side
-        grid = active.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
-        # The mean of what a linear layer gives is what it gives of the mean.
-        features = self.projector.linear_2(grid.mean((2, 4)).flatten(1, 2))
-        return self.narrow((features - self.image_mean) / self.image_scale)
+        # Never in 16 bits: images differ little beside what they have in common.
+        with torch.autocast("cpu", enabled=False):
+            active = self.projector.act(self.hidden(vision_features, instruction_features, ends))
+            block = self.side // self.pooled_side
+            grid = active.unflatten(1, (self.pooled_side, block, self.pooled_side, block))
+            # The mean of what a linear layer gives is what it gives of the mean.
+            features = self.projector.linear_2(grid.mean((2, 4)).flatten(1, 2))
+            return self.narrow((features - self.image_mean) / self.image_scale)
 
     def forward(
         self,

@@ -27,6 +27,7 @@ from ...model.processing_emma import EmmaProcessor
 from ...storage.folders import read_json, write_json
 from ..drawing import draw
 from ..questions import Question
+from ..recipe import has_fast_bfloat16
 from ..rows import vision_features
 from ..scenes import Scene, SeededRandom
 from .arms import ALL, ARMS, CONSTANT_INSTRUCTION, FEW, Arm, ReplicationModel, Row, Task
@@ -267,8 +268,9 @@ def _train(
             "constant": [constant] * size,
         }[arm.instruction]
         vision = torch.from_numpy(images[[training.images[index] for index in chosen]].astype(np.float32))
-        logits, labels, _ = _logits(model, towers, encoded, vision, torch.tensor(ids))
-        loss = torch.nn.functional.cross_entropy(logits, labels)
+        with torch.autocast("cpu", torch.bfloat16, has_fast_bfloat16(torch.cpu.get_capabilities())):
+            logits, labels, _ = _logits(model, towers, encoded, vision, torch.tensor(ids))
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), 1.0)
         optimizer.step()
