@@ -131,6 +131,17 @@ def test_visual_tokens_are_means_over_squares_of_the_grid():
     assert torch.allclose(pooled[0], torch.stack(expected), atol=1e-5)
 
 
+def test_what_an_image_becomes_is_computed_in_32_bits():
+    model, _ = build("C", FEW.tokens, FEW.depth, FEW.width)
+    generator = torch.Generator().manual_seed(1)
+    vision, instructions = (torch.randn(2, length, 128, generator=generator) for length in (64, 77))
+    given = vision, instructions, torch.tensor([5, 9])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.image_features(*given)
+        assert model.lm_head(found).dtype == torch.bfloat16
+    assert torch.equal(found, model.image_features(*given))
+
+
 def test_film_scales_and_shifts_hidden_units_by_the_standardized_end_token():
     model, _ = build("G", tokens=1)
     generator = torch.Generator().manual_seed(1)
