@@ -125,10 +125,12 @@ def write_report(results_path: str | Path, folder: str | Path) -> str:
         raise EmmaError(f"Rows of one budget can be compared: {results_path} holds several. Keep one of them.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{_table_of_rows(results)}\n{_table_of_comparisons(results)}\n{_table_of_families(results)}"
+    found = [(each, compare(results, each)) for each in COMPARISONS]
+    present = [(comparison, figures) for comparison, figures in found if figures is not None]
+    text = f"{_table_of_rows(results)}\n{_table_of_comparisons(present)}\n{_table_of_families(results)}"
     (folder / "tables.md").write_text(text, encoding="utf-8")
     _plot_accuracy(results, folder / "accuracy.png")
-    _plot_instruction(results, folder / "instruction.png")
+    _plot_instruction(present, folder / "instruction.png")
     return text
 
 
@@ -180,9 +182,7 @@ def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table_of_comparisons(results: Sequence[dict[str, Any]]) -> str:
-    found = [(each, compare(results, each)) for each in COMPARISONS]
-    present = [(comparison, figures) for comparison, figures in found if figures is not None]
+def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) -> str:
     adjusted = holm([figures["p"] for _, figures in present])
     lines = [
         "| comparison | task | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
@@ -232,10 +232,8 @@ def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _plot_instruction(results: Sequence[dict[str, Any]], path: Path) -> None:
+def _plot_instruction(present: Sequence[tuple[Comparison, dict[str, Any]]], path: Path) -> None:
     """The stated comparisons with their intervals."""
-    found = [(each, compare(results, each)) for each in COMPARISONS]
-    present = [(comparison, figures) for comparison, figures in found if figures is not None]
     figure = figure_class()(figsize=(8, 1.6 + 0.42 * max(1, len(present))), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="#777777", linewidth=1)
