@@ -1,6 +1,7 @@
 """Comparisons of the replication against independent computations."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,16 @@ def test_the_report(tmp_path):
     for name in ("accuracy.png", "instruction.png"):
         with Image.open(tmp_path / "report" / name) as image:
             assert min(image.size) > 200
+
+
+def test_the_page_shows_what_its_results_say(tmp_path):
+    docs = Path(__file__).parents[3] / "docs"
+    text = write_report(docs / "replication" / "results.jsonl", tmp_path)
+    assert (docs / "replication" / "tables.md").read_text(encoding="utf-8") == text
+    page = (docs / "replication.md").read_text(encoding="utf-8")
+    comparisons = text.split("\n\n")[1]
+    assert "**C - D** (primary)" in comparisons
+    assert comparisons in page
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path):

@@ -190,10 +190,10 @@ def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) 
     ]
     for (comparison, figures), p in zip(present, adjusted):
         name = f"**{comparison.name}** (primary)" if comparison.primary else comparison.name
+        effect = "-" if np.isnan(figures["effect"]) else f"{figures['effect']:.1f}"
         lines.append(
             f"| {name} | {comparison.task} | {figures['seeds']} | {figures['difference']:+.1f} "
-            f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {figures['effect']:.1f} "
-            f"| {figures['p']:.4f} | {p:.4f} |"
+            f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {effect} | {figures['p']:.4f} | {p:.4f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -210,25 +210,25 @@ def _table_of_families(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy of every arm, a point for each seed and their mean as a line, a panel for each task."""
-    groups = {key: group for key, group in _groups(results).items() if key[2] == 1.0}
+    """Accuracy of every arm and rate, a point for each seed and their mean as a line, a panel for each task."""
+    groups = _groups(results)
     panels = list(dict.fromkeys(task for task, _, _ in groups))
-    figure = figure_class()(figsize=(2 + 3.6 * len(panels), 4.4), layout="constrained")
+    figure = figure_class()(figsize=(2 + 4 * len(panels), 4.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for panel, task in zip(axes, panels):
-        arms = [arm for arm in ARMS if (task, arm, 1.0) in groups]
-        for place, arm in enumerate(arms):
-            values = [100 * line["accuracy"]["as trained"]["all"]["share"] for line in groups[task, arm, 1.0]]
+        shown = sorted((arm, rate) for each, arm, rate in groups if each == task)
+        for place, (arm, rate) in enumerate(shown):
+            values = [100 * line["accuracy"]["as trained"]["all"]["share"] for line in groups[task, arm, rate]]
             panel.plot([place] * len(values), values, "o", color=COLORS[arm], markersize=5)
             panel.hlines(np.mean(values), place - 0.3, place + 0.3, color=COLORS[arm], linewidth=2.5)
-        panel.set_xticks(range(len(arms)), arms)
+        panel.set_xticks(range(len(shown)), [arm if rate == 1 else f"{arm}\nrate {rate:g}" for arm, rate in shown])
         panel.set_title(str(task))
         panel.grid(axis="y", alpha=0.3)
         panel.margins(x=0.15)
-    axes[0].set_ylabel("right answers in % (the axis does not begin at 0)")
-    shown = sorted({arm for _, arm, _ in groups})
-    figure.supxlabel("\n".join(f"{arm}: {ARMS[arm].title}" for arm in shown), fontsize=8, x=0.02, ha="left")
-    figure.suptitle("Accuracy of each arm: a point for each seed, a line for their mean")
+    axes[0].set_ylabel("right answers in %, not from 0")
+    arms = sorted({arm for _, arm, _ in groups})
+    figure.supxlabel("\n".join(f"{arm}: {ARMS[arm].title}" for arm in arms), fontsize=8, x=0.02, ha="left")
+    figure.suptitle("Each arm: a point for each seed, a line for their mean")
     figure.savefig(path, dpi=150)
 
 
@@ -244,7 +244,7 @@ def _plot_instruction(present: Sequence[tuple[Comparison, dict[str, Any]]], path
     labels = [f"{each.name}, {each.task}{' (primary)' * each.primary}" for each, _ in reversed(present)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("difference in points, with its 95% interval over seeds and images")
-    axes.set_title("What the instruction is worth: EMMA (C) against its controls")
+    figure.suptitle("What the instruction is worth: EMMA (C) against its controls")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
 
