@@ -21,8 +21,8 @@ EVALUATION = EMMA_TINY / "evaluation.json"
 PAPER = [89.42, 56.03, 73.14, 56.01, 68.57, 66.44, 60.15, 35.44, 25.1, 32.0, 26.15, 37.34, 94.50, 66.13]
 AMBER_ATTRIBUTE, AMBER_RELATION = 26.15, 37.34
 SECTIONS = [
-    "Architecture", "Use", "Training data and procedure", "Figures of the paper", "Intended use", "Limits",
-    "Bias and risks", "Licenses", "Environmental cost", "Citation",
+    "Architecture", "Use", "Training data and procedure", "Figures of the paper", "Does the instruction help?",
+    "Intended use", "Limits", "Bias and risks", "Licenses", "Environmental cost", "Citation",
 ]  # fmt: skip
 
 
