@@ -115,6 +115,20 @@ def test_a_run_that_begins_as_emma_tiny_is_shorter_and_gentler():
     assert (budget.rate(FEW), budget.rate(ALL)) == pytest.approx((2e-3, 2e-4))
 
 
+@pytest.mark.parametrize(("task", "rates"), [(FEW, [2e-3, 6e-3]), (ALL, [2e-4, 6e-4])], ids=str)
+def test_a_run_trains_at_the_rates_of_its_task(task, rates, tmp_path, monkeypatch):
+    asked = []
+
+    def parameter_groups(self, learning_rate, text_rate):
+        asked.extend([learning_rate, text_rate * learning_rate])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReplicationModel, "parameter_groups", parameter_groups)
+    with pytest.raises(KeyboardInterrupt):
+        replicate([Row.of("C", task, 0, 3.0)], tmp_path / "results.jsonl", tmp_path, TOY)
+    assert asked == pytest.approx(rates)
+
+
 def test_the_swapped_instruction_is_of_the_same_family_and_another_text():
     towers = Towers.load()
     processor = towers.processor

@@ -88,7 +88,7 @@ class Row:
         arm: a key of [`ARMS`].
         tokens: visual tokens that the language model gets, K: a square number whose root divides the grid's side.
         depth: layers of the language model.
-        seed: of the order of questions, which all arms share.
+        seed: of the questions, their order and what begins at random, which all arms share.
         rate: learning rate of what reads the instruction, in units of that of all others.
         width: numbers that a visual token has on its way to the language model, as in [`Task`].
 
