@@ -101,6 +101,12 @@ def test_addresses_that_are_none(url):
         read(url)
 
 
+def test_a_port_that_is_too_large_asks_no_other_server(address):
+    port = int(address.rsplit(":", 1)[1]) + 65536
+    with pytest.raises(RequestError, match=f"cannot be fetched .*a port is 1 to 65535: got {port}"):
+        read(f"http://127.0.0.1:{port}/red.png")
+
+
 @pytest.mark.parametrize("path", ["/slow.png", "/slow-headers"])
 def test_the_deadline_is_of_the_whole_fetch(address, path):
     start = time.monotonic()

@@ -72,6 +72,9 @@ class _Connection(HTTPConnection):
         self._sockets, self._deadline = sockets, deadline
 
     def connect(self) -> None:
+        # The C library would take the port modulo 65536 and ask another server.
+        if not 0 < self.port < 65536:
+            raise ValueError(f"a port is 1 to 65535: got {self.port}")
         # 0 would mean a socket that does not wait.
         self.timeout = max(self._deadline - time.monotonic(), 0.001)
         super().connect()
