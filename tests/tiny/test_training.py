@@ -13,9 +13,9 @@ from emma_hf.tiny.recipe import SMOKE, Budget, SequentialTrainer
 from emma_hf.tiny.training import train_tiny
 
 
-def losses(folder) -> list[float]:
+def logged(folder, name: str = "loss") -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if name in entry]
 
 
 @pytest.mark.once
@@ -23,9 +23,11 @@ def losses(folder) -> list[float]:
 def test_smoke_training_learns_in_every_phase_and_does_none_twice(tmp_path):
     folder = train_tiny(tmp_path, SMOKE, disable_tqdm=True)
     for phase in ("clip", "pretrain", "finetune"):
-        seen = losses(tmp_path / phase)
+        seen = logged(tmp_path / phase)
         assert np.mean(seen[-2:]) < 0.97 * seen[0], (phase, seen)
         assert (tmp_path / phase / "loss.png").is_file()
+    rates = logged(tmp_path / "finetune", "learning_rate")
+    assert rates[2:5] == [Budget().finetune_rate] * 3 and rates[5] < rates[4], rates
     model = EmmaForConditionalGeneration.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12_000_000

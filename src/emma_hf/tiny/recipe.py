@@ -23,6 +23,8 @@ TEXT = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "n
 PROMPT_VOCABULARY, INSTRUCTION_MERGES = 600, 400
 # Largest number of scenes in a group of contrastive learning.
 GROUP = 4
+# Steps in which the second stage's rate rises, at most, and the share of all steps, the last, in which it falls to 0.
+RISING_STEPS, FALLING_SHARE = 300, 0.2
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,19 @@ def training_arguments(
         "remove_unused_columns": False,
     }
     return TrainingArguments(output_dir=str(folder), **{**values, **overrides})
+
+
+def stable_schedule(steps: int) -> dict[str, Any]:
+    """Arguments of `TrainingArguments` for a rate that stays the same but at the beginning and at the end.
+
+    Until it falls, no step depends on the number of steps: how long a run should be can be decided while it runs.
+    """
+    falling = round(FALLING_SHARE * steps)
+    return {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": falling, "decay_type": "1-sqrt"},
+        "warmup_steps": min(RISING_STEPS, falling),
+    }
 
 
 def has_fast_bfloat16(capabilities: Mapping[str, Any]) -> bool:

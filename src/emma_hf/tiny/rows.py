@@ -34,8 +34,9 @@ TRAINED_FAMILIES = {
 ASKED_FAMILIES = tuple(family for family, times in TRAINED_FAMILIES.items() for _ in range(times))
 # Shares of the questions with these counts that are kept: few groups of things have three members and more.
 KEPT_COUNTS = {"0": 0.4, "1": 0.5, "2": 0.8}
-# This share of the images, the first, shows two things at most, and this share of the rows, the first, is about them.
-EASY_IMAGES, EASY_ROWS = 0.3, 0.25
+# This share of the images, the first, shows two things at most. So many rows, the first, are about them, but at most
+# this share of all.
+EASY_IMAGES, EASY_ROWS, EASY_SHARE = 0.3, 128_000, 0.25
 # Steps of this share of all images visit each image equally often, and neighboring rows are as different as any two.
 STRIDE = (math.sqrt(5) - 1) / 2
 # Questions of a chat. More would be more that are learned with another question's instruction.
@@ -108,7 +109,7 @@ class TinyEmmaDataset(Dataset):
 
     def image_index(self, index: int) -> int:
         """The index of a row's image: all take turns."""
-        easy = self.stage == "finetune" and index < EASY_ROWS * self.rows
+        easy = self.stage == "finetune" and index < min(EASY_ROWS, EASY_SHARE * self.rows)
         return int(index * STRIDE % 1 * max(1, round((EASY_IMAGES if easy else 1) * len(self.features))))
 
     def turns(self, index: int) -> list[Question]:

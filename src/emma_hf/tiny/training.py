@@ -25,7 +25,16 @@ from ..training.trainer import EmmaTrainer
 from .clip import train_clip
 from .curve import CurveCallback, QuickAccuracy
 from .learner import TinyLearner
-from .recipe import PROMPT_VOCABULARY, SMOKE, TEXT, Budget, SequentialTrainer, run_phase, training_arguments
+from .recipe import (
+    PROMPT_VOCABULARY,
+    SMOKE,
+    TEXT,
+    Budget,
+    SequentialTrainer,
+    run_phase,
+    stable_schedule,
+    training_arguments,
+)
 from .rows import TinyEmmaCollator, TinyEmmaDataset, vision_features
 from .tokenizers import tiny_processor
 
@@ -146,6 +155,7 @@ def _train_stage(
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         model = TinyLearner.from_pretrained(output / "pretrain", **options)
         rows, rate = budget.finetune_rows, budget.finetune_rate
+        overrides = {**stable_schedule(rows // budget.batch_size), **overrides}
     if torch.cuda.is_available():
         model.cuda()
     features = vision_features(model, processor, budget.pictures, output / "vision_features.f16")
