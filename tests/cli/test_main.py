@@ -79,8 +79,13 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(converted, photo, tmp_pat
 
 def command(*arguments: str, **environment: str) -> subprocess.Popen:
     """The command in a process of its own, offline."""
+    return python("-m", "emma_hf", *arguments, **environment)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen:
+    """Python in a process of its own, which Ctrl-C interrupts."""
     return subprocess.Popen(
-        [sys.executable, "-m", "emma_hf", *arguments],
+        [sys.executable, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
@@ -190,6 +195,45 @@ def test_ctrl_c_ends_quietly(photo, seconds):
     assert running.returncode in (130, -signal.SIGINT)
     assert b"Traceback" not in err
     assert b"Interrupt" not in err
+
+
+def test_ctrl_c_in_an_import_is_not_lost(photo):
+    code = f"""
+import os, signal, sys
+
+class Importer:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Importer())
+sys.argv[0] = "/usr/bin/emma-hf"
+from emma_hf.cli.main import main
+sys.exit(main(["ask", {str(photo)!r}, "Who?"]))
+"""
+    running = python("-c", code)
+    assert running.communicate(timeout=60) == (b"", b"")
+    assert running.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(converted, photo, capfd, monkeypatch):
+    class Destroyed:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def answer(*args, **kwargs):
+        Destroyed()
+        for _ in range(600):
+            time.sleep(0.1)
+
+    monkeypatch.setattr("emma_hf.inference.Chat.answer", answer)
+    hook = sys.unraisablehook
+    assert main(["ask", "--model", str(converted), str(photo), "Who?"]) == 130
+    assert capfd.readouterr().err.count("KeyboardInterrupt") == 0
+    assert sys.unraisablehook is hook
 
 
 def test_ctrl_c_while_a_model_answers(converted, photo, capfd, monkeypatch):

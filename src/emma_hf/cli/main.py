@@ -1,9 +1,12 @@
 """The `emma-hf` command: answers go to standard output, everything else to standard error."""
 
+import _thread
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer can hold characters that the locale's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
+    report, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         try:
             return _run(argv)
@@ -37,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+    finally:
+        sys.unraisablehook = report
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -44,8 +50,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         # Mistakes are found before torch and Transformers are imported, which takes seconds.
         args.check_arguments(args)
-        from .. import auto_classes  # noqa: F401
-
+        _import_models()
         args.run(args)
     except BrokenPipeError:
         raise
@@ -55,6 +60,30 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"emma-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _import_models() -> None:
+    """Import torch, Transformers and EMMA's classes. Ctrl-C ends the process without an exception until that is done.
+
+    In an import, torch and others abort at that exception, or catch it and go on.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_replaced = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_replaced:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from .. import auto_classes  # noqa: F401
+    finally:
+        if is_replaced:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Raise an interrupt again that came in a destructor: Python reports and ignores what is raised there."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _is_fixable(error: Exception) -> bool:
