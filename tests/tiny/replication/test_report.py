@@ -17,7 +17,7 @@ BUDGET = ReplicationBudget(scenes=SCENES)
 ASKED = questions_of_test(SCENES, BUDGET.families)
 
 
-def line(arm: str, seed: int, right: float, **changes) -> dict:
+def line(arm: str, seed: int, right: float, rate: float = 1.0, **changes) -> dict:
     """A line of results in which a share of the questions is right, drawn with a seed of its own."""
     rng = np.random.default_rng([ord(arm), seed])
     hits = "".join(str(int(value < right)) for value in rng.random(len(ASKED)))
@@ -25,7 +25,7 @@ def line(arm: str, seed: int, right: float, **changes) -> dict:
     families = {question.family for _, question in ASKED if question.family != SMALLEST}
     accuracy = {"all": {**whole, "share": right}, **{family: {**whole, "share": right} for family in families}}
     return {
-        "row": Row.of(arm, FEW, seed).name, "arm": arm, **vars(FEW), "seed": seed, "rate": 1.0,
+        "row": Row.of(arm, FEW, seed, rate).name, "arm": arm, **vars(FEW), "seed": seed, "rate": rate,
         "budget": BUDGET.as_json(), "seconds": {"training": 60}, "images_right": whole,
         "smallest": whole, "gate_index": 0.1, "question_share": 0.2, "hits": {"as trained": hits},
         "accuracy": {"as trained": accuracy}, **changes,
@@ -96,6 +96,20 @@ def test_the_report(tmp_path):
     for name in ("accuracy.png", "instruction.png"):
         with Image.open(tmp_path / "report" / name) as image:
             assert min(image.size) > 200
+
+
+def test_what_was_added_afterwards_is_apart(tmp_path):
+    lines = [line(arm, seed, right) for arm, right in (("C", 0.9), ("D", 0.6)) for seed in range(2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    alone = write_report(tmp_path / "results.jsonl", tmp_path)
+    lines += [line(arm, 0, right, rate=3.0) for arm, right in (("C", 0.9), ("D", 0.9))]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    text = write_report(tmp_path / "results.jsonl", tmp_path)
+    # Rows of another rate neither join the stated comparison nor its correction.
+    (stated,) = [row for row in alone.splitlines() if "(primary)" in row]
+    assert stated in text
+    (added,) = [row for row in text.splitlines() if row.startswith(f"| C - D, rate 3 | {FEW} | 1 |")]
+    assert added.endswith("| exploratory |")
 
 
 def test_the_page_shows_what_its_results_say(tmp_path):

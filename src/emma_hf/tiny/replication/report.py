@@ -30,20 +30,25 @@ class Comparison:
         second: those of the other.
         task: what both have in common.
         primary: whether it was named as primary before the runs.
+        rate: learning rate of both rows' text weights, in units of that of all others.
+        exploratory: whether it was added after its first results were seen. It takes no part in Holm's correction.
     """
 
     first: tuple[str, str]
     second: tuple[str, str]
     task: Task
     primary: bool = False
+    rate: float = 1.0
+    exploratory: bool = False
 
     @property
     def name(self) -> str:
-        """Such as `C - D`, with the instruction at test where it is not that of training."""
-        return " - ".join(arm if test == "as trained" else f"{arm} {test}" for arm, test in (self.first, self.second))
+        """Such as `C - D`, with the instruction at test where it is not that of training, and another rate than 1."""
+        arms = [arm if test == "as trained" else f"{arm} {test}" for arm, test in (self.first, self.second)]
+        return " - ".join(arms) + (f", rate {self.rate:g}" if self.rate != 1 else "")
 
 
-# Written down before any row was run.
+# All but the exploratory ones were written down before any row was run.
 COMPARISONS = (
     Comparison(("C", "as trained"), ("D", "as trained"), FEW, primary=True),
     Comparison(("C", "as trained"), ("E", "as trained"), FEW, primary=True),
@@ -53,6 +58,7 @@ COMPARISONS = (
         for second in (("B", "as trained"), ("A", "as trained"), ("C", "swapped"))
     ),
     Comparison(("C", "as trained"), ("E", "as trained"), ALL),
+    *(Comparison(("C", "as trained"), (arm, "as trained"), FEW, rate=3.0, exploratory=True) for arm in "DE"),
 )
 
 
@@ -65,7 +71,8 @@ def compare(results: Sequence[dict[str, Any]], comparison: Comparison) -> dict[s
         `difference`, `low` and `high` in points, `p` (two-sided), `seeds`, `questions`, and `effect`, the difference in
         units of its standard deviation over seeds (not a number without one).
     """
-    hits = [_hits_by_seed(results, *condition, comparison.task) for condition in (comparison.first, comparison.second)]
+    conditions = comparison.first, comparison.second
+    hits = [_hits_by_seed(results, *condition, comparison.task, comparison.rate) for condition in conditions]
     seeds = sorted(set(hits[0]) & set(hits[1]))
     if not seeds:
         return None
@@ -138,12 +145,14 @@ def _row_of(line: dict[str, Any]) -> Row:
     return Row.parse(line["row"])
 
 
-def _hits_by_seed(results: Iterable[dict[str, Any]], arm: str, test: str, task: Task) -> dict[int, np.ndarray]:
-    """Whether each question is right, by seed, of the rows whose text weights have the rate of all others."""
+def _hits_by_seed(
+    results: Iterable[dict[str, Any]], arm: str, test: str, task: Task, rate: float
+) -> dict[int, np.ndarray]:
+    """Whether each question is right, by seed."""
     return {
         line["seed"]: np.array([digit == "1" for digit in line["hits"][test]])
         for line in results
-        if (line["arm"], line["rate"], _row_of(line).task) == (arm, 1.0, task) and test in line["hits"]
+        if (line["arm"], line["rate"], _row_of(line).task) == (arm, rate, task) and test in line["hits"]
     }
 
 
@@ -183,17 +192,18 @@ def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) -> str:
-    adjusted = holm([figures["p"] for _, figures in present])
+    adjusted = iter(holm([figures["p"] for comparison, figures in present if not comparison.exploratory]))
     lines = [
         "| comparison | task | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (comparison, figures), p in zip(present, adjusted):
+    for comparison, figures in present:
         name = f"**{comparison.name}** (primary)" if comparison.primary else comparison.name
+        corrected = "exploratory" if comparison.exploratory else f"{next(adjusted):.4f}"
         effect = "-" if np.isnan(figures["effect"]) else f"{figures['effect']:.1f}"
         lines.append(
             f"| {name} | {comparison.task} | {figures['seeds']} | {figures['difference']:+.1f} "
-            f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {effect} | {figures['p']:.4f} | {p:.4f} |"
+            f"[{figures['low']:+.1f}, {figures['high']:+.1f}] | {effect} | {figures['p']:.4f} | {corrected} |"
         )
     return "\n".join(lines) + "\n"
 

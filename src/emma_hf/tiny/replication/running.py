@@ -418,14 +418,14 @@ def _processor_name() -> str:
 def planned_rows(names: Iterable[str] | None = None) -> list[Row]:
     """The rows of the table, those of the primary comparison first; or the rows of names.
 
-    With few tokens five seeds of A to E, two of F and G, and two of C with three times the rate of the text weights.
-    With all tokens three seeds of A, B, C and E.
+    With few tokens five seeds of A to E, two of F and G, and two of C, D and E with three times the rate of the text
+    weights. With all tokens three seeds of A, B, C and E.
     """
     if names:
         return [Row.parse(name) for name in names]
     few = [Row.of(arm, FEW, seed) for seed in range(5) for arm in "BCDEA"]
     bounds = [Row.of(arm, FEW, seed, 3.0 if arm == "G" else 1.0) for seed in range(2) for arm in "FG"]
-    rates = [Row.of("C", FEW, seed, 3.0) for seed in range(2)]
+    rates = [Row.of(arm, FEW, seed, 3.0) for arm in "CDE" for seed in range(2)]
     many = [Row.of(arm, ALL, seed) for seed in range(3) for arm in "ABCE"]
     return [*few, *bounds, *rates, *many]
 
