@@ -9,6 +9,7 @@ import torch
 from emma_hf import EMMA_TINY, EmmaProcessor
 from emma_hf.cli import main
 from emma_hf.tiny.questions import Question
+from emma_hf.tiny.replication import running
 from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, ReplicationModel, Row
 from emma_hf.tiny.replication.questions import (
     SMALLEST,
@@ -73,6 +74,22 @@ def test_a_row_again_gives_the_same_numbers(toy_run, tmp_path):
     rows, folder, lines = toy_run
     (again,) = replicate(rows[:1], tmp_path / "results.jsonl", folder / "work", TOY)
     assert (again["loss"], again["hits"]) == (lines[0]["loss"], lines[0]["hits"])
+
+
+@pytest.mark.parametrize(("fast", "trained"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_training_uses_bfloat16_where_it_is_fast_and_the_test_never(fast, trained, toy_run, tmp_path, monkeypatch):
+    rows, folder, _ = toy_run
+    dtypes, logits = {True: set(), False: set()}, _logits
+
+    def noted(*args):
+        found = logits(*args)
+        dtypes[torch.is_grad_enabled()].add(found[0].dtype)
+        return found
+
+    monkeypatch.setattr(running, "_logits", noted)
+    monkeypatch.setattr(running, "has_fast_bfloat16", lambda capabilities: fast)
+    replicate(rows[:1], tmp_path / "results.jsonl", folder / "work", TOY)
+    assert dtypes == {True: {trained}, False: {torch.float32}}
 
 
 def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
