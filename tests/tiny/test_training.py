@@ -28,7 +28,7 @@ def test_smoke_training_learns_in_every_phase_and_does_none_twice(tmp_path):
         assert (tmp_path / phase / "loss.png").is_file()
     rates = logged(tmp_path / "finetune", "learning_rate")
     assert rates[2:5] == [Budget().finetune_rate] * 3
-    assert rates[5] < rates[4]
+    assert rates[-1] < Budget().finetune_rate
     model = EmmaForConditionalGeneration.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12_000_000
