@@ -15,6 +15,8 @@ from .running import read_results
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05
+# Points that a panel's axis shows at least, so that it does not magnify differences of single questions.
+SMALLEST_SPAN = 10
 # Colors that remain apart for readers who confuse red and green (Okabe and Ito), on light and dark paper alike.
 COLORS = {
     "A": "#999999", "B": "#56B4E9", "C": "#D55E00", "D": "#E69F00", "E": "#009E73", "F": "#0072B2", "G": "#CC79A7",
@@ -235,6 +237,9 @@ def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_title(str(task))
         panel.grid(axis="y", alpha=0.3)
         panel.margins(x=0.15)
+        low, high = panel.get_ylim()
+        top = min(100.5, high + max(0, SMALLEST_SPAN - (high - low)) / 2)
+        panel.set_ylim(min(low, top - SMALLEST_SPAN), top)
     axes[0].set_ylabel("right answers in %, not from 0")
     arms = sorted({arm for _, arm, _ in groups})
     figure.supxlabel("\n".join(f"{arm}: {ARMS[arm].title}" for arm in arms), fontsize=8, x=0.02, ha="left")
