@@ -249,16 +249,19 @@ def _plot_accuracy(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _plot_instruction(present: Sequence[tuple[Comparison, dict[str, Any]]], path: Path) -> None:
     """The stated comparisons with their intervals."""
-    figure = figure_class()(figsize=(8, 1.6 + 0.42 * max(1, len(present))), layout="constrained")
+    figure = figure_class()(figsize=(9, 1.6 + 0.36 * max(1, len(present))), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="#777777", linewidth=1)
     for place, (comparison, figures) in enumerate(reversed(present)):
-        color = COLORS["C"] if comparison.primary else COLORS["F"]
+        color = COLORS["A" if comparison.exploratory else "C" if comparison.primary else "F"]
         axes.hlines(place, figures["low"], figures["high"], color=color, linewidth=2.5)
         axes.plot(figures["difference"], place, "o", color=color)
-    labels = [f"{each.name}, {each.task}{' (primary)' * each.primary}" for each, _ in reversed(present)]
+    labels = [
+        f"{each.name}, {each.task}{' (primary)' * each.primary}{' (exploratory)' * each.exploratory}"
+        for each, _ in reversed(present)
+    ]
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("difference in points, with its 95% interval over seeds and images")
+    axes.set_xlabel("difference in points, and its 95% interval")
     figure.suptitle("What the instruction is worth: EMMA (C) against its controls")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
