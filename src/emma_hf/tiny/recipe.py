@@ -47,7 +47,7 @@ class Budget:
     clip_groups: int = 8
     pictures: int = 80_000
     pretrain_rows: int = 12_800
-    finetune_rows: int = 1_280_000
+    finetune_rows: int = 614_400
     batch_size: int = 64
     clip_rate: float = 2e-3
     pretrain_rate: float = 1e-3
