@@ -1,6 +1,5 @@
 """The `emma-hf` command: answers go to standard output, everything else to standard error."""
 
-import _thread
 import argparse
 import io
 import os
@@ -81,7 +80,7 @@ def _import_models() -> None:
 def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
     """Raise an interrupt again that came in a destructor: Python reports and ignores what is raised there."""
     if lost.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Timer(0.01, signal.raise_signal, [signal.SIGINT]).start()
     else:
         sys.__unraisablehook__(lost)
 
