@@ -92,6 +92,11 @@ def test_the_first_rows_are_about_easy_images(untrained, rows):
     indices = np.array([many.image_index(index) for index in range(25_000, 65_000)])
     assert np.bincount(indices, minlength=40_000).max() <= 2
     assert len(set(indices)) > 0.7 * 40_000
+    # However long the training, the easy ones end after the same row.
+    for count in (600_000, 1_000_000):
+        long = TinyEmmaDataset("finetune", np.zeros((40_000, 1, 1)), untrained[0], count, batch_size=32, seed=0)
+        assert max(long.image_index(index) for index in range(127_000, 128_000)) < 12_000
+        assert max(long.image_index(index) for index in range(128_000, 128_100)) > 30_000
     # Any few steps hold easy images and others as all do.
     assert np.all(np.abs((indices < 12_000).reshape(-1, 200).mean(axis=1) - 0.3) < 0.02)
 
