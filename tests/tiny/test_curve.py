@@ -9,9 +9,11 @@ import torch
 from emma_hf import EMMA_TINY, EmmaForConditionalGeneration, EmmaProcessor
 from emma_hf.evaluation.tasks.answers import is_right
 from emma_hf.tiny import curve
-from emma_hf.tiny.curve import CURVE_SEED, CurveCallback, QuickAccuracy
+from emma_hf.tiny.curve import CURVE_SEED, CurveCallback, QuickAccuracy, plot_curve
 from emma_hf.tiny.evaluation import answers, fresh_questions
 from emma_hf.tiny.learner import TinyLearner
+from emma_hf.tiny.questions import FAMILIES
+from emma_hf.training.plots import figure_class
 
 
 def test_the_quick_accuracy_is_that_of_generated_answers():
@@ -72,3 +74,33 @@ def test_a_run_that_goes_on_takes_back_lines_and_adds_up_its_seconds(tmp_path, c
         "finetune: step 25 of 1100, 2.00 s each; this phase ends in about 0 h 36 min",
         "finetune: step 425 of 1100, 2.00 s each; this phase ends in about 0 h 22 min",
     ]
+
+
+def test_the_picture_shows_losses_and_accuracy(tmp_path, monkeypatch):
+    figures = []
+
+    def figure(**options):
+        figures.append(figure_class()(**options))
+        return figures[-1]
+
+    monkeypatch.setattr(curve, "figure_class", lambda: figure)
+    accuracy = [{"all": share, **dict.fromkeys(FAMILIES, share), "count": 0.25} for share in (0.5, 0.75)]
+    lines = [
+        {"phase": "clip", "step": 50, "loss": 3.0},
+        {"phase": "clip", "step": 100, "loss": 2.0},
+        {"phase": "pretrain", "step": 50, "loss": 4.0},
+        {"phase": "finetune", "step": 500, "loss": 0.5, "accuracy": accuracy[0]},
+        {"phase": "finetune", "step": 550, "loss": 0.4},
+        {"phase": "finetune", "step": 1000, "loss": 0.25, "accuracy": accuracy[1]},
+    ]
+    plot_curve(lines, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    clip, finetune, right = figures[0].axes
+    assert clip.lines[0].get_xydata().tolist() == [[50, 3], [100, 2]]
+    assert finetune.lines[0].get_xydata().tolist() == [[500, 0.5], [550, 0.4], [1000, 0.25]]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+    assert drawn["count"] == [[500, 25], [1000, 25]]
+    assert drawn["all, with 95% interval"] == drawn["side"] == [[500, 50], [1000, 75]]
+    # Wilson's interval of 128 and of 192 of 256.
+    band = {(x, round(y, 1)) for x, y in right.collections[0].get_paths()[0].vertices}
+    assert {(500, 43.9), (500, 56.1), (1000, 69.4), (1000, 79.9)} <= band

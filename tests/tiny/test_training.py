@@ -26,6 +26,7 @@ def test_smoke_training_learns_in_every_phase_and_does_none_twice(tmp_path):
         seen = logged(tmp_path / phase)
         assert np.mean(seen[-2:]) < 0.97 * seen[0], (phase, seen)
         assert (tmp_path / phase / "loss.png").is_file()
+    assert (tmp_path / "curve.png").is_file()
     rates = logged(tmp_path / "finetune", "learning_rate")
     assert rates[2:5] == [Budget().finetune_rate] * 3
     assert rates[-1] < Budget().finetune_rate

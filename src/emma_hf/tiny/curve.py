@@ -15,6 +15,7 @@ from ..data.conversations import IGNORE_INDEX, encode_conversation
 from ..evaluation.statistics import share
 from ..model.instruction_emma import encode_instruction
 from ..model.processing_emma import EmmaProcessor
+from ..training.plots import figure_class
 from .drawing import draw
 from .evaluation import fresh_questions
 from .learner import TinyLearner
@@ -25,6 +26,8 @@ from .rows import TinyEmmaCollator
 CURVE_SEED, CURVE_QUESTIONS = 100, 256
 # Accuracy is measured after so many steps. The remaining time is said after so many steps of this start.
 MEASURED_STEPS, ESTIMATING_STEPS = 500, 25
+# Ticks of a loss.
+LOSSES = (0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class CurveCallback(TrainerCallback):
@@ -122,4 +125,39 @@ class QuickAccuracy:
         }
 
 
-__all__ = ["CurveCallback", "QuickAccuracy"]
+def plot_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw the losses of CLIP and of the second stage, and the second stage's accuracy.
+
+    Args:
+        lines: what [`CurveCallback`] wrote.
+        path: file to write; its suffix decides the format.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    figure = figure_class()(figsize=(14, 4), layout="constrained")
+    clip, finetune, accuracy = figure.subplots(1, 3)
+    for axes, phase, unit in ((clip, "clip", "nats per image"), (finetune, "finetune", "nats per token")):
+        points = [(line["step"], line["loss"]) for line in lines if line["phase"] == phase]
+        axes.semilogy(*zip(*points), color="#0072B2")
+        axes.set(title=f"{phase}: loss", ylabel=f"loss ({unit})")
+        axes.set_yticks(LOSSES, LOSSES)
+        axes.minorticks_off()
+    measured = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
+    for family in FAMILIES:
+        shares = [100 * found[family] for found in measured.values()]
+        accuracy.plot(list(measured), shares, linewidth=0.8, alpha=0.7, label=family)
+    rights = [round(CURVE_QUESTIONS * found["all"]) for found in measured.values()]
+    figures = [share(number < right for number in range(CURVE_QUESTIONS)) for right in rights]
+    low, middle, high = ([100 * row[name] for row in figures] for name in ("low", "share", "high"))
+    accuracy.plot(list(measured), middle, "o-", color="black", label="all, with 95% interval")
+    accuracy.fill_between(list(measured), low, high, color="black", alpha=0.15)
+    accuracy.set(title=f"finetune: {CURVE_QUESTIONS} fresh questions", ylabel="right answers (%)", ylim=(0, 100))
+    accuracy.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    for axes in (clip, finetune, accuracy):
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+__all__ = ["CurveCallback", "QuickAccuracy", "plot_curve"]

@@ -4,6 +4,7 @@ All data are scenes of [`emma_hf.tiny`]. Each phase leaves its result in the out
 one; a phase that was killed continues from its last complete checkpoint.
 """
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..training.plots import figure_class
 from ..training.stages import prepare
 from ..training.trainer import EmmaTrainer
 from .clip import train_clip
-from .curve import CurveCallback, QuickAccuracy
+from .curve import CurveCallback, QuickAccuracy, plot_curve
 from .learner import TinyLearner
 from .recipe import (
     PROMPT_VOCABULARY,
@@ -46,8 +47,8 @@ def train_tiny(output: str | Path, budget: Budget | None = None, seed: int = 0, 
     (torchrun) share the steps of each phase; on a CPU one per core is the fastest.
 
     Args:
-        output: folder for the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`; and for `curve.jsonl`
-            (see [`~emma_hf.tiny.curve.CurveCallback`]).
+        output: folder for the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`; for `curve.jsonl` (see
+            [`~emma_hf.tiny.curve.CurveCallback`]) and its picture `curve.png`.
         budget: length and learning rates of training. Default: those of the recipe.
         seed: seed of the initial weights and the data.
         **arguments: arguments of `TrainingArguments` for every phase.
@@ -89,6 +90,8 @@ def train_tiny(output: str | Path, budget: Budget | None = None, seed: int = 0, 
         model = EmmaForConditionalGeneration.from_pretrained(output / "finetune", dtype=torch.bfloat16)
         model.save_pretrained(output / "emma-tiny")
         processor.save_pretrained(output / "emma-tiny")
+        lines = (output / "curve.jsonl").read_text().splitlines()
+        plot_curve([json.loads(line) for line in lines], output / "curve.png")
     processes.wait_for_everyone()
     return output / "emma-tiny"
 
