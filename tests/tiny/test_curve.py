@@ -45,7 +45,8 @@ def clock(monkeypatch):
 
 def test_a_run_that_goes_on_takes_back_lines_and_adds_up_its_seconds(tmp_path, clock, capsys):
     path = tmp_path / "curve.jsonl"
-    path.write_text(json.dumps({"phase": "clip", "step": 9, "seconds": 5}) + "\n")
+    # The last line was cut off when the machine stopped.
+    path.write_text(json.dumps({"phase": "clip", "step": 9, "seconds": 5}) + '\n{"phase": "cl')
     state = SimpleNamespace(global_step=0, max_steps=1100, is_world_process_zero=True)
 
     def steps(begin: int, end: int, accuracy: float) -> None:

@@ -81,6 +81,8 @@ def test_yes_and_no():
     figures = yes_no(asked, ["yes", "Yes.", "No", "Yes", "No", "Yes"])
     expected = {"questions": 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes": 3 / 5}
     assert figures == pytest.approx(expected)
+    # The first four families have no such question.
+    assert yes_no(asked[-1:], ["Red"]) == {"questions": 0, "precision": 0, "recall": 0, "f1": 0, "yes": 0}
 
 
 def test_what_captions_invent():

@@ -54,4 +54,5 @@ def test_the_rate_of_the_second_stage_depends_on_its_length_only_at_the_end(tmp_
 
 
 def test_the_smoke_budget_is_a_small_one():
-    assert all(getattr(SMOKE, name) <= value for name, value in vars(Budget()).items())
+    for name in ("clip_steps", "pictures", "pretrain_rows", "finetune_rows"):
+        assert 0 < 20 * getattr(SMOKE, name) < getattr(Budget(), name)

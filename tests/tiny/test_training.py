@@ -89,6 +89,12 @@ def test_a_run_that_is_stopped_in_every_phase_ends_with_the_same_weights(tmp_pat
         train_tiny(tmp_path / "whole", LITTLE, seed=1)
 
 
+def test_a_process_that_sees_several_gpus_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EmmaError, match=r"One process must see one GPU, .*: got 2\. Start a process for each"):
+        train_tiny(tmp_path, LITTLE)
+
+
 def test_its_linear_layers_can_be_packed_in_4_bit(untrained):
     _, model = untrained
     for name, module in model.model.language_model.named_modules():

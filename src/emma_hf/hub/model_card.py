@@ -99,7 +99,7 @@ def read_evaluation(path: Path) -> list[EvalResult]:
         result = json.loads(path.read_text(encoding="utf-8"))
         shares = [("accuracy", group, count["share"]) for group, count in result["accuracy"].items()]
         shares.append(("f1", "yes/no", result["yes_no"]["f1"]))
-        shares += [("rate", group, count["share"]) for group, count in result["captions"].items()]
+        shares += [("rate", group, count["share"]) for group, count in result.get("captions", {}).items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EmmaError(
             f"An evaluation must be the evaluation.json that `emma-hf tiny evaluate --output` writes: {path} is not "

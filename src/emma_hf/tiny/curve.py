@@ -45,16 +45,21 @@ class CurveCallback(TrainerCallback):
         self.path, self.phase, self.measure = path, phase, measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        if not state.is_world_process_zero:
+            return
+        lines = read_curve(self.path)
         kept = [line for line in lines if line["phase"] != self.phase or line["step"] <= state.global_step]
-        if state.is_world_process_zero:
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        partial = self.path.with_suffix(".part")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        partial.replace(self.path)
         earlier = [line["seconds"] for line in kept if line["phase"] == self.phase]
         self.first_step, self.begin, self.earlier = state.global_step, time.time(), max(earlier, default=0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         steps = state.global_step - self.first_step
-        if steps == ESTIMATING_STEPS and state.is_world_process_zero:
+        if steps == ESTIMATING_STEPS:
             seconds = (time.time() - self.begin) / steps
             minutes = round(seconds * (state.max_steps - state.global_step) / 60)
             tqdm.write(
@@ -125,6 +130,17 @@ class QuickAccuracy:
         }
 
 
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The lines that [`CurveCallback`] wrote, but for a last one that was cut off; none where there is no file."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
 def plot_curve(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw the losses of CLIP and of the second stage, and the second stage's accuracy.
 
@@ -160,4 +176,4 @@ def plot_curve(lines: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-__all__ = ["CurveCallback", "QuickAccuracy", "plot_curve"]
+__all__ = ["CurveCallback", "QuickAccuracy", "plot_curve", "read_curve"]

@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..evaluation.runner import model_answerer, run_header, run_task
 from ..evaluation.statistics import share
 from ..evaluation.tasks.answers import is_right
-from ..evaluation.tasks.base import Figure, Sample, ScoredRow, Task
+from ..evaluation.tasks.base import Sample, ScoredRow, Task
 from ..inference import answer
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
@@ -118,13 +118,6 @@ class TinyCaptions(Task):
     def score(self, parsed: str | None, sample: Sample) -> float:
         return float(parsed is not None and not _invented(sample.target, parsed)[0].count(True))
 
-    def figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
-        """The shares of [`hallucinations`]."""
-        shares = hallucinations([row.sample.target for row in rows], [row.answer for row in rows])
-        return {
-            name: Figure(each["share"], each["low"], each["high"], int(each["of"])) for name, each in shares.items()
-        }
-
 
 def _sample(scene: Scene, prompt: str, target: Any, family: str) -> Sample:
     return Sample(str(scene.seed), (partial(draw, scene),), prompt, prompt, prompt, target, family)
@@ -157,6 +150,7 @@ def evaluate_tiny(
     """
     if output is not None:
         figure_class()
+        Path(output).mkdir(parents=True, exist_ok=True)
     tokens = {name: value for name, value in load.items() if name == "visual_tokens"}
     processor = EmmaProcessor.from_pretrained(model, **tokens)
     loaded = EmmaForConditionalGeneration.from_pretrained(model, **load).eval()
@@ -205,10 +199,16 @@ def yes_no(questions: list[tuple[Scene, Question]], predictions: list[str]) -> d
         if question.family in YES_NO
     ]
     true = sum(predicted and actual for predicted, actual in pairs)
-    predicted, actual = (sum(column) for column in zip(*pairs))
+    predicted, actual = (sum(pair[column] for pair in pairs) for column in (0, 1))
     precision, recall = true / max(predicted, 1), true / max(actual, 1)
     f1 = 2 * precision * recall / max(precision + recall, 1e-9)
-    return {"questions": len(pairs), "precision": precision, "recall": recall, "f1": f1, "yes": predicted / len(pairs)}
+    return {
+        "questions": len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes": predicted / max(len(pairs), 1),
+    }
 
 
 def hallucinations(scenes: list[Scene], captions: list[str]) -> dict[str, Any]:
@@ -287,7 +287,6 @@ def _write(
     predictions: list[str],
     right: list[bool],
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "evaluation.md").write_text(table(result))
     plot(result, folder / "evaluation.png")

@@ -54,9 +54,7 @@ class Budget:
     finetune_rate: float = 1.5e-3
 
 
-SMOKE = Budget(
-    clip_steps=150, clip_groups=8, clip_rate=2e-3, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32
-)
+SMOKE = Budget(clip_steps=150, pictures=64, pretrain_rows=512, finetune_rows=768, batch_size=32)
 
 
 class SequentialTrainer(Trainer):
@@ -112,7 +110,7 @@ def training_arguments(
 def stable_schedule(steps: int) -> dict[str, Any]:
     """Arguments of `TrainingArguments` for a rate that stays the same but at the beginning and at the end.
 
-    Until it falls, no step depends on the number of steps: how long a run should be can be decided while it runs.
+    Until it falls, it does not depend on the number of steps, but for fewer than 1,500.
     """
     falling = round(FALLING_SHARE * steps)
     return {

@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from enum import Enum
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ KEPT_COUNTS = {"0": 0.4, "1": 0.5, "2": 0.8}
 EASY_IMAGES, EASY_ROWS, EASY_SHARE = 0.3, 128_000, 0.25
 # Steps of this share of all images visit each image equally often, and neighboring rows are as different as any two.
 STRIDE = (math.sqrt(5) - 1) / 2
-# Questions of a chat. More would be more that are learned with another question's instruction.
+# Questions of a chat. With more, more would be learned with another question's instruction.
 CHAT_TURNS = 3
 # Images whose V is computed together.
 FEATURE_BATCH = 128
@@ -98,7 +98,7 @@ class TinyEmmaDataset(Dataset):
     ) -> None:
         self.stage, self.features, self.processor = stage, features, processor
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._encode_question = cache(lambda text, answer: self._encode([Question(text, answer, "")]))
+        self._encode_question = lru_cache(1024)(lambda text, answer: self._encode([Question(text, answer, "")]))
 
     def __len__(self) -> int:
         return self.rows
@@ -155,7 +155,7 @@ class TinyEmmaDataset(Dataset):
 
     def _excluded_tokens(self, turn: Question) -> list[tuple[int, int]]:
         """Offset in the answer's tokens at which each excluded answer departs from it, and the other token there."""
-        # Answers are encoded alike after every question, and are few.
+        # Answers are encoded alike after every question.
         text = "?" if turn.text else ""
         input_ids, labels = self._encode_question(text, turn.answer)
         start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
@@ -203,7 +203,7 @@ def vision_features(
 ) -> np.ndarray:
     """V of the first `count` images, float16 (count, visual tokens, width), computed once and kept in a file.
 
-    Each process computes a part. Who was stopped goes on where the file is still zero.
+    Each process computes a part. A run that was stopped goes on where the file is still zero.
     """
     shape = (count, model.config.vision_seq_length, model.config.vision_config.hidden_size)
     size = 2 * math.prod(shape)
@@ -227,7 +227,7 @@ def _fill_features(
     features: np.memmap, part: list[int], images: TrainingImages, model: EmmaForConditionalGeneration
 ) -> None:
     """Compute V of a part of the images, from the last batch that the file holds: it may be incomplete."""
-    done = sum(bool(features[index, 0].any()) for index in part)
+    done = next((number for number, index in enumerate(part) if not features[index, 0].any()), len(part))
     part = part[max(0, done // FEATURE_BATCH - 1) * FEATURE_BATCH :]
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(images, part), batch_size=FEATURE_BATCH, num_workers=1)
     for number, pixels in enumerate(tqdm(loader, desc="vision features", disable=not PartialState().is_main_process)):

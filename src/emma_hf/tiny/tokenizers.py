@@ -11,6 +11,7 @@ from ..conversion.tokenizers import prompt_tokenizer
 from ..model.chat_template_emma import SYSTEM_PROMPT
 from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.processing_emma import EmmaProcessor
+from ..storage.folders import new_folder
 from .questions import ask_all, caption, caption_question
 from .recipe import INSTRUCTION_MERGES, PROMPT_VOCABULARY, SIDE, VISUAL_TOKENS
 from .rows import TRAIN_SEEDS
@@ -29,20 +30,19 @@ def _texts(count: int) -> Iterator[tuple[str, str]]:
 
 def tiny_processor(folder: Path) -> EmmaProcessor:
     """The processor with its own two tokenizers, read from the folder or else learned and saved there."""
-    if (folder / "processor_config.json").is_file():
-        return EmmaProcessor.from_pretrained(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = list(_texts(2000))
-    processor = EmmaProcessor(
-        EmmaImageProcessor(size=SIDE, crop_size=SIDE),
-        _learn_prompt_tokenizer(
-            [f"{SYSTEM_PROMPT} USER: \n{question} ASSISTANT: {answer}" for question, answer in texts], folder
-        ),
-        _learn_instruction_tokenizer([text for pair in texts for text in pair], folder),
-        image_seq_length=VISUAL_TOKENS,
-    )
-    processor.save_pretrained(folder)
-    return processor
+    if not folder.is_dir():
+        texts = list(_texts(2000))
+        with new_folder(folder) as new:
+            processor = EmmaProcessor(
+                EmmaImageProcessor(size=SIDE, crop_size=SIDE),
+                _learn_prompt_tokenizer(
+                    [f"{SYSTEM_PROMPT} USER: \n{question} ASSISTANT: {answer}" for question, answer in texts], new
+                ),
+                _learn_instruction_tokenizer([text for pair in texts for text in pair], new),
+                image_seq_length=VISUAL_TOKENS,
+            )
+            processor.save_pretrained(new)
+    return EmmaProcessor.from_pretrained(folder)
 
 
 def _learn_instruction_tokenizer(texts: list[str], folder: Path) -> Any:

@@ -4,7 +4,6 @@ All data are scenes of [`emma_hf.tiny`]. Each phase leaves its result in the out
 one; a phase that was killed continues from its last complete checkpoint.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from ..training.plots import figure_class
 from ..training.stages import prepare
 from ..training.trainer import EmmaTrainer
 from .clip import train_clip
-from .curve import CurveCallback, QuickAccuracy, plot_curve
+from .curve import CurveCallback, QuickAccuracy, plot_curve, read_curve
 from .learner import TinyLearner
 from .recipe import (
     PROMPT_VOCABULARY,
-    SMOKE,
     TEXT,
     Budget,
     SequentialTrainer,
@@ -50,7 +48,7 @@ def train_tiny(output: str | Path, budget: Budget | None = None, seed: int = 0, 
         output: folder for the phases: `tokenizers`, `clip`, `pretrain`, `finetune`, `emma-tiny`; for `curve.jsonl` (see
             [`~emma_hf.tiny.curve.CurveCallback`]) and its picture `curve.png`.
         budget: length and learning rates of training. Default: those of the recipe.
-        seed: seed of the initial weights and the data.
+        seed: seed of the initial weights and the data; the images of both stages are the same for every seed.
         **arguments: arguments of `TrainingArguments` for every phase.
 
     Returns:
@@ -58,18 +56,23 @@ def train_tiny(output: str | Path, budget: Budget | None = None, seed: int = 0, 
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        EmmaError: the rows of a step are no multiple of the number of processes, or `output` holds a run of another
-            budget or seed.
+        EmmaError: the rows or groups of a step are no multiple of the number of processes, one process sees several
+            GPUs, or `output` holds a run of another budget or seed.
     """
     figure_class()
     budget, output = budget or Budget(), Path(output)
     processes = PartialState(cpu=not torch.cuda.is_available())
-    for rows in (budget.clip_groups, budget.batch_size):
-        if rows % processes.num_processes:
+    for name, count in (("groups", budget.clip_groups), ("rows", budget.batch_size)):
+        if count % processes.num_processes:
             raise EmmaError(
-                f"The {rows} rows of a step must be a multiple of the number of processes: got "
+                f"The {count} {name} of a step must be a multiple of the number of processes: got "
                 f"{processes.num_processes} processes."
             )
+    if processes.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise EmmaError(
+            f"One process must see one GPU, or its steps have several times the rows: got {torch.cuda.device_count()}. "
+            "Start a process for each with torchrun, or choose one with CUDA_VISIBLE_DEVICES."
+        )
     with processes.main_process_first():
         _check_recipe(output, {"seed": seed, **asdict(budget)})
         processor = tiny_processor(output / "tokenizers")
@@ -90,8 +93,7 @@ def train_tiny(output: str | Path, budget: Budget | None = None, seed: int = 0, 
         model = EmmaForConditionalGeneration.from_pretrained(output / "finetune", dtype=torch.bfloat16)
         model.save_pretrained(output / "emma-tiny")
         processor.save_pretrained(output / "emma-tiny")
-        lines = (output / "curve.jsonl").read_text().splitlines()
-        plot_curve([json.loads(line) for line in lines], output / "curve.png")
+        plot_curve(read_curve(output / "curve.jsonl"), output / "curve.png")
     processes.wait_for_everyone()
     return output / "emma-tiny"
 
@@ -178,4 +180,4 @@ def _train_stage(
     run_phase(trainer, output / stage, "nats per token")
 
 
-__all__ = ["SMOKE", "Budget", "tiny_processor", "train_tiny", "untrained_tiny"]
+__all__ = ["train_tiny", "untrained_tiny"]

@@ -14,6 +14,9 @@ from emma_hf.cli import main
         (["draw", "x.png", "--side", "100000"], "`--side` must be at most 4096 pixels: got 100000."),
         (["evaluate", "--model", "m", "--questions", "0"], "`--questions` must be at least 1"),
         (["draw", "no/such/folder/x.png"], "no/such/folder"),
+        (["draw", "x.png", "--seed", "-1"], "`--seed` must be at least 0: got -1."),
+        (["train", "x", "--seed", "4294967296"], "`--seed` must be 0 to 4294967295: got 4294967296."),
+        (["evaluate", "--seed", "50"], "`--seed` must be 0 to 49: got 50."),
     ],
 )
 def test_mistakes_are_told(arguments, message, capsys):

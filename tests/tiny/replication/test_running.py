@@ -94,9 +94,9 @@ def test_training_uses_bfloat16_where_it_is_fast_and_the_test_never(fast, traine
 
 def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
     rows, folder, _ = toy_run
-    assert replicate(rows, folder / "results.jsonl", folder / "work", TOY) == []
+    assert replicate([*rows, *rows], folder / "results.jsonl", folder / "work", TOY) == []
     with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d2-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
-        replicate(rows, folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
+        replicate([Row.of("A", FEW, 9)], folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
 
 
 def test_a_damaged_line_is_named(tmp_path):
@@ -130,6 +130,7 @@ def test_a_run_that_begins_as_emma_tiny_is_shorter_and_gentler():
     budget = ReplicationBudget(rows=640, batch_size=8, learning_rate=2e-3)
     assert (budget.steps(FEW), budget.steps(ALL)) == (80, 5)
     assert (budget.rate(FEW), budget.rate(ALL)) == pytest.approx((2e-3, 2e-4))
+    assert (running.SMOKE.steps(FEW), running.SMOKE.steps(ALL)) == (64, 4)
 
 
 @pytest.mark.parametrize(("task", "rates"), [(FEW, [2e-3, 6e-3]), (ALL, [2e-4, 6e-4])], ids=str)

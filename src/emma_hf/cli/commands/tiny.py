@@ -11,6 +11,8 @@ from .loading_arguments import add_visual_tokens, check_visual_tokens
 
 # Pixels. Drawing takes about 20 bytes for each of the pixels: 0.3 GB for the largest.
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096
+# numpy takes no larger seed. Scenes of a later evaluation are those of the replication, and then of training's curve.
+LAST_TRAINING_SEED, LAST_EVALUATION_SEED = 2**32 - 1, 49
 REPLICATION = "docs/replication"
 
 
@@ -21,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
     draw = parts.add_parser("draw", help="draw a scene that emma-tiny can answer questions about")
     draw.add_argument("output", metavar="IMAGE", help="file to write; its ending decides the format")
-    draw.add_argument("--seed", type=int, default=0, help="number of the scene (default: 0)")
+    draw.add_argument("--seed", type=int, default=0, help="number of the scene, at least 0 (default: 0)")
     draw.add_argument(
         "--side",
         type=int,
@@ -32,9 +34,11 @@ def add_commands(commands: Any) -> None:
 
     train = parts.add_parser("train", help="train it from random weights; a run that was stopped continues")
     train.add_argument("output", metavar="OUTPUT", help="folder of all phases")
-    train.add_argument("--seed", type=int, default=0, help="seed of the weights and the data (default: 0)")
+    train.add_argument(
+        "--seed", type=int, default=0, help=f"seed of the weights and the data, 0 to {LAST_TRAINING_SEED} (default: 0)"
+    )
     train.add_argument("--smoke", action="store_true", help="a few steps of each phase")
-    train.set_defaults(run=_train)
+    train.set_defaults(check_arguments=lambda args: _check_seed(args, LAST_TRAINING_SEED), run=_train)
 
     evaluate = parts.add_parser("evaluate", help="ask new questions and count the right answers")
     evaluate.add_argument(
@@ -42,7 +46,9 @@ def add_commands(commands: Any) -> None:
     )
     evaluate.add_argument("--questions", type=int, default=5000, help="number of questions (default: 5000)")
     evaluate.add_argument("--captions", type=int, default=500, help="number of captions (default: 500)")
-    evaluate.add_argument("--seed", type=int, default=0, help="seed of the questions (default: 0)")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help=f"seed of the questions, 0 to {LAST_EVALUATION_SEED} (default: 0)"
+    )
     evaluate.add_argument("--output", help="folder for the table, the figure and every answer")
     add_visual_tokens(evaluate)
     evaluate.set_defaults(check_arguments=_check_evaluate, run=_evaluate)
@@ -65,7 +71,13 @@ def add_commands(commands: Any) -> None:
     replicate.set_defaults(check_arguments=_check_replicate, run=_replicate)
 
 
+def _check_seed(args: argparse.Namespace, last: int | None = None) -> None:
+    if args.seed < 0 or (last is not None and args.seed > last):
+        raise EmmaError(f"`--seed` must be {'at least 0' if last is None else f'0 to {last}'}: got {args.seed}.")
+
+
 def _check_draw(args: argparse.Namespace) -> None:
+    _check_seed(args)
     if args.side < SMALLEST_SIDE:
         raise EmmaError(f"`--side` must be at least {SMALLEST_SIDE} pixels: got {args.side}.")
     if args.side > LARGEST_SIDE:
@@ -97,6 +109,7 @@ def _check_evaluate(args: argparse.Namespace) -> None:
         raise EmmaError(
             f"`--questions` must be at least 1 and `--captions` at least 0: got {args.questions} and {args.captions}."
         )
+    _check_seed(args, LAST_EVALUATION_SEED)
     check_visual_tokens(args)
 
 
@@ -114,8 +127,6 @@ def _check_replicate(args: argparse.Namespace) -> None:
 
 
 def _replicate(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from ...tiny.replication.report import write_report
     from ...tiny.replication.running import SMOKE, ReplicationBudget, planned_rows, replicate
 

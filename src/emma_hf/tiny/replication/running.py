@@ -19,6 +19,7 @@ from ... import EMMA_TINY, __version__
 from ...analysis import VisionPath
 from ...analysis.gates import TURN
 from ...data.conversations import IGNORE_INDEX
+from ...evaluation.model_identity import model_hash
 from ...evaluation.statistics import share
 from ...inference.instruction_rules import swap_instructions
 from ...model.errors_emma import EmmaError
@@ -120,7 +121,7 @@ class Towers:
         return torch.stack([self._known[row] for row in rows]), end_tokens(instructions, self.processor)
 
 
-SMOKE = ReplicationBudget(images=64, rows=256, batch_size=32, scenes=16, mean_questions=64)
+SMOKE = ReplicationBudget(images=64, rows=2048, batch_size=32, scenes=16, mean_questions=64)
 
 
 def replicate(
@@ -138,20 +139,22 @@ def replicate(
         The new lines.
 
     Raises:
-        EmmaError: `output` holds one of the rows from another budget.
+        EmmaError: `output` holds a row of another budget.
     """
     budget, output, work = budget or ReplicationBudget(), Path(output), Path(work)
-    known = {line["row"]: line for line in read_results(output)}
-    for row in rows:
-        if row.name in known and known[row.name]["budget"] != budget.as_json():
+    known = {line["row"]: line["budget"] for line in read_results(output)}
+    for name, found in known.items():
+        if found != budget.as_json():
             raise EmmaError(
-                f"The lines of {output} must be of one budget: row {row.name} has {known[row.name]['budget']}, asked "
-                f"for is {budget.as_json()}. Write to another file."
+                f"The lines of {output} must be of one budget: row {name} has {found}, asked for is "
+                f"{budget.as_json()}. Write to another file."
             )
+    # Features and tokens of another emma-tiny are others.
+    work /= model_hash(EMMA_TINY)
     work.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = []
-    for row in rows:
+    for row in dict.fromkeys(rows):
         if row.name not in known:
             lines.append(run_row(row, work, budget))
             with open(output, "a", encoding="utf-8") as file:
