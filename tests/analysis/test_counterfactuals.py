@@ -95,6 +95,13 @@ def test_a_kind_with_one_question_leaves_that_condition_out():
     assert "row 7 ('Who?') has none" in left_out[SAME_KIND]
 
 
+def test_where_neither_kind_has_another_question_any_other_is_asked():
+    questions = [("What is this?", "vizwiz"), ("What is this?", "coco"), ("Who is this?", "coco")]
+    texts, left_out = instructions([Row("", question, None, kind) for question, kind in questions])
+    assert set(left_out) == {SAME_KIND, OTHER_KIND}
+    assert texts[ANY_OTHER] == ["Who is this?", "Who is this?", "What is this?"]
+
+
 def test_hand_written_answers_need_the_instruction(by_hand, by_hand_rows):
     """EVIDENCE's construction: nearly all right with the own instruction, one in eight with another's."""
     path = VisionPath(*by_hand)

@@ -98,7 +98,9 @@ def test_an_example_has_both_maps_at_one_scale(result):
     canvas, example = Canvas("dark", 13.0, 3.4), result["examples"][0]
     example = {**example, "question": "What costs $5 or $6?"}
     draw_example(canvas, result, example, noise(0))
-    _, own, other, words, *_ = canvas.figure.axes
+    image, own, other, words, *_ = canvas.figure.axes
+    # What a grayscale image is drawn in.
+    assert image.images[0].get_cmap().name == "gray"
     assert own.images[0].get_clim() == other.images[0].get_clim() == (0, max(example["map"] + example["other_map"]))
     np.testing.assert_allclose(own.images[0].get_array().data.ravel(), example["map"])
     np.testing.assert_allclose(

@@ -115,6 +115,8 @@ def without_torch(tmp_path):
         (["ask", "--dtype", "int", "a", "b"], 2, "emma-hf: `--dtype` must be auto"),
         (["ask", "--quantization", "2", "a", "b"], 2, "emma-hf: `quantization` must be 4bit or 8bit: got '2'"),
         (["serve", "--max-megabytes", "0"], 2, "emma-hf: `--max-megabytes`"),
+        (["serve", "--max-waiting-megabytes", "inf"], 2, "`--max-waiting-megabytes` must be a finite number: got inf"),
+        (["analyze", "--seed", "50"], 2, "emma-hf: `--seed` of scenes must be 0 to 49: got 50"),
         (["export", "a"], 2, "emma-hf: `export` takes MODEL FOLDER"),
         (["paint"], 2, "invalid choice: 'paint'"),
     ],

@@ -128,6 +128,13 @@ def test_images_that_cannot_be_read_are_named_and_wrong(tmp_path):
     # They are remembered, and those of a part are that part's.
     assert run_stub(tmp_path / "run", None, asked=asked).unreadable == run.unreadable
     assert set(run_stub(tmp_path / "run", None, asked=asked, limit=3).unreadable) == {"q1", "q2"}
+    # One whose image is there now is asked, by all rules.
+    Image.new("RGB", (64, 64)).save(tmp_path / "none.png")
+    received.clear()
+    run = run_stub(tmp_path / "run", always("no", received), asked=asked)
+    assert {each for each, _ in received} == {"q1"}
+    assert set(run.unreadable) == {"q2", "q3", "q4"}
+    assert {rows[1].answer for rows in run.rows.values()} == {"no"}
 
 
 def test_a_file_of_several_questions_is_read_once_a_batch(tmp_path, monkeypatch):

@@ -35,6 +35,24 @@ def test_each_turn_answers_as_without_a_cache(model, processor, photo, prompt_le
     assert cached[4] < cached[5] / 2
 
 
+def test_an_answer_that_breaks_off_leaves_nothing_behind(model, processor, photo):
+    class Stopping:
+        calls = 0
+
+        def put(self, tokens):
+            # The prompt, and then the first token.
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+
+    chat = Chat(model, processor, [str(photo)])
+    chat.answer("Who is it?", max_new_tokens=4)
+    with pytest.raises(KeyboardInterrupt):
+        chat.answer("Describe the whole picture, and all that is in it.", max_new_tokens=4, streamer=Stopping())
+    said = chat.answer("And the hat?", max_new_tokens=4)
+    assert said == answer(model, processor, [turns_of(chat)], [[str(photo)]], max_new_tokens=4)[0]
+
+
 def test_a_guide_that_changes_drops_the_cache(model, processor, photo, monkeypatch):
     monkeypatch.setattr(processor, "instruction_turn", "last")
     chat = Chat(model, processor, [str(photo)])

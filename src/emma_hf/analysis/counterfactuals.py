@@ -28,14 +28,14 @@ MEAN, REMOVED = "mean text term", "text term removed"
 def instructions(rows: Sequence[Row], seed: int = 0) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The instruction of each row by condition, and why a condition is left out.
 
-    Where no row has a kind, `another question` stands in place of the two that tell kinds apart.
+    Where no row has a kind, or neither of the two that tell kinds apart can be had, `another question` stands in their
+    place.
     """
-    if any(row.kind for row in rows):
-        swaps: dict[str, bool | None] = {SAME_KIND: True, OTHER_KIND: False}
-    else:
-        swaps = {ANY_OTHER: None}
+    kinds: dict[str, bool | None] = {SAME_KIND: True, OTHER_KIND: False} if any(row.kind for row in rows) else {}
     conditions, left_out = {OWN: [row.instruction for row in rows]}, {}
-    for name, same_kind in swaps.items():
+    for name, same_kind in [*kinds.items(), (ANY_OTHER, None)]:
+        if name == ANY_OTHER and len(conditions) > 1:
+            continue
         try:
             conditions[name] = other_instructions(rows, seed, same_kind)
         except TooFewQuestionsError as error:

@@ -264,7 +264,8 @@ def draw_instruction_length(canvas: Canvas, result: dict[str, Any]) -> None:
 def draw_example(canvas: Canvas, result: dict[str, Any], example: dict[str, Any], image: Any) -> None:
     """Where one question moved the visual tokens of its image, where another does, and which words do it."""
     one, two, three, four = canvas.axes(1, 4, width_ratios=(1, 1.15, 1.15, 1.3))
-    one.imshow(image)
+    # Of grayscale images alone; they would be drawn in false colors.
+    one.imshow(image, cmap="gray")
     one.set(xticks=[], yticks=[], title="Image")
     own, side = on_grid(example["map"], result)
     other, _ = on_grid(example["other_map"], result)

@@ -23,8 +23,9 @@ Answers = dict[tuple[str, str], dict[str, Any]]
 
 
 def read_answers(folder: Path, header: Mapping[str, Any]) -> Answers:
-    """The rows of all files of a run, by id and instruction rule; of a row that two files hold, the first.
+    """The rows of all files of a run, by id and instruction rule.
 
+    Of a row that is there twice the first counts, but one with an answer before one whose images could not be read.
     A last line without its line break was torn by a kill and does not count; a file whose header is torn is empty.
 
     Raises:
@@ -38,7 +39,9 @@ def read_answers(folder: Path, header: Mapping[str, Any]) -> Answers:
         for number, line in enumerate(lines[1:], 2):
             row = _parse(path, number, line)
             try:
-                answers.setdefault((row["id"], row["rule"]), row)
+                key = row["id"], row["rule"]
+                if key not in answers or "unreadable" in answers[key]:
+                    answers[key] = row
             except (KeyError, TypeError) as error:
                 raise EmmaError(f"{path}, line {number}: a row needs an id and a rule. Remove that line.") from error
     return answers

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..model.image_processing_emma import EmmaImageProcessor
 from ..model.modeling_emma import EmmaForConditionalGeneration
 from ..model.processing_emma import EmmaProcessor
 from ..storage.hub_access import resolve
-from .answer_files import append_answers, merge_answers, read_answers, write_rows
+from .answer_files import Answers, append_answers, merge_answers, read_answers, write_rows
 from .instructions import columns_of, instructions_of
 from .model_identity import model_hash
 from .tasks.base import ImageSource, Sample, ScoredRow, Task
@@ -183,7 +183,7 @@ def run_task(
     output.mkdir(parents=True, exist_ok=True)
     answers = read_answers(output, header)
     own = asked[processes.index :: processes.count]
-    missing = {each.id: [rule for rule in texts if (each.id, rule) not in answers] for each in own}
+    missing = {each.id: _missing(each, texts, answers) for each in own}
     pending = [sample for sample in own if missing[sample.id]]
     if pending:
         bar = tqdm(total=len(own), initial=len(own) - len(pending), desc=task.name, disable=processes.index > 0)
@@ -200,6 +200,15 @@ def run_task(
     first = [(sample.id, found[sample.id, next(iter(texts))]) for sample in asked]
     unreadable = {each: row["unreadable"] for each, row in first if "unreadable" in row}
     return Run(task, header, rows, unreadable, notes)
+
+
+def _missing(sample: Sample, rules: Iterable[str], answers: Answers) -> list[str]:
+    """The rules that a sample has no row of, or one that says that its images cannot be read where they now can."""
+    rows = {rule: answers.get((sample.id, rule)) for rule in rules}
+    broken = {rule for rule, row in rows.items() if row and "unreadable" in row}
+    if broken and _read_images([sample])[1]:
+        broken = set()
+    return [rule for rule, row in rows.items() if row is None or rule in broken]
 
 
 def _scored(sample: Sample, row: Mapping[str, Any]) -> ScoredRow:

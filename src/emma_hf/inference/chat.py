@@ -67,17 +67,19 @@ class Chat:
         instructions = self._instructions(messages)
         inputs = self._inputs(messages, instructions)
         ids = inputs["input_ids"][0].tolist()
+        # `generate` lets the cache grow: of an answer that breaks off nothing must be kept.
+        cache, self.cache = self.cache, None
         if instructions != self.cached_instructions:
             # Another instruction makes other visual tokens, from the first image on.
-            self.cache = None
-        if self.cache is not None:
+            cache = None
+        if cache is not None:
             # The template can render an answer otherwise than it was generated: the common beginning is kept.
             common = takewhile(lambda pair: pair[0] == pair[1], zip(self.cached_ids, ids[:-1]))
             surplus = len(self.cached_ids) - len(list(common))
             if surplus:
-                self.cache.crop(-surplus)
+                cache.crop(-surplus)
         outputs = self.model.generate(
-            **inputs, **{"do_sample": False, CACHE_NAME: self.cache, **generate}, return_dict_in_generate=True
+            **inputs, **{"do_sample": False, CACHE_NAME: cache, **generate}, return_dict_in_generate=True
         )
         sequence = outputs.sequences[0].tolist()
         self.cache, self.cached_ids = outputs[CACHE_NAME], sequence[:-1]

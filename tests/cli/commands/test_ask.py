@@ -109,6 +109,12 @@ def test_a_chat_keeps_its_cache(converted, photo, capfd, stdin, monkeypatch):
     assert whole[1] < whole[0]
 
 
+def test_a_line_of_a_chat_that_is_not_utf_8_is_told(converted, photo, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Wh\xe9?\n"), encoding="utf-8", errors="strict"))
+    assert main(["chat", "--model", str(converted), str(photo)]) == 2
+    assert "emma-hf: Text must be encoded as UTF-8" in capfd.readouterr().err
+
+
 def scene(tmp_path) -> str:
     path = str(tmp_path / "scene.png")
     assert main(["tiny", "draw", path, "--seed", "3"]) == 0

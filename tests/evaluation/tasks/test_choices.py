@@ -68,6 +68,9 @@ def test_mmbench_scored_by_hand(tmp_path):
     assert [sample.kind for sample in samples[3:5]] == ["object_localization", "attribute_recognition"]
     assert figures["answers not parsed"].value == 1 / 9
     assert figures['circular accuracy of always "A"'].value == 0
+    # Of a question of which not all rotations were asked it cannot be said.
+    assert task.figures(rows[:3])["circular accuracy"].of == 0
+    assert (task.figures(rows[:5])["circular accuracy"].value, task.figures(rows[:5])["circular accuracy"].of) == (0, 1)
 
 
 def test_images_are_pasted_side_by_side_on_black():

@@ -17,6 +17,7 @@ from emma_hf.evaluation.tasks.files import (
     read_objects,
     read_parquet,
     read_table,
+    read_words,
 )
 from emma_hf.model.errors_emma import EmmaError, MissingPackageError
 
@@ -54,12 +55,26 @@ def test_choices_are_returned_as_they_are_allowed():
         (read_objects, "[1]", "rows.txt must be an object with named fields: got list"),
         (read_objects, '{"12": 5}', "rows.txt, row '12' must be an object"),
         (read_lines, '{"a": 1}\n{"a"\n', "rows.txt, row 2 is not JSON"),
+        (read_lines, "[" * 100000, "rows.txt, row 1 is not JSON"),
     ],
 )
 def test_a_broken_file_is_named_with_its_row(tmp_path, read, text, told):
     (tmp_path / "rows.txt").write_text(text, encoding="utf-8")
     with pytest.raises(EmmaError, match=re.escape(told)):
         read(tmp_path / "rows.txt")
+
+
+def test_a_file_of_another_encoding_is_told(tmp_path):
+    (tmp_path / "rows.txt").write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(EmmaError, match="rows.txt, row 1 is not JSON"):
+        read_lines(tmp_path / "rows.txt")
+    with pytest.raises(EmmaError, match="rows.txt is not text in UTF-8"):
+        read_words(tmp_path / "rows.txt")
+
+
+def test_a_row_ends_where_its_line_does(tmp_path):
+    (tmp_path / "rows.txt").write_bytes('{"a": "one\u2028two"}\r\n\n{"a": "three"}'.encode())
+    assert [row.text("a") for row in read_lines(tmp_path / "rows.txt")] == ["one\u2028two", "three"]
 
 
 def test_a_table_with_quotes_marks_and_a_long_field(tmp_path):

@@ -35,6 +35,7 @@ def test_mmvp_scored_by_hand(tmp_path):
     assert (figures["pair accuracy"].value, figures["pair accuracy"].of) == (1 / 3, 3)
     assert figures["accuracy"].value == 3 / 6
     assert figures['pair accuracy of always "B"'].value == 0
+    assert (task.figures(rows[:3])["pair accuracy"].value, task.figures(rows[:3])["pair accuracy"].of) == (1, 1)
 
 
 def test_the_authors_find_letters_in_words(tmp_path):
@@ -69,6 +70,7 @@ def test_foil_scored_by_hand(tmp_path):
     figures = task.summarize(rows)
     assert (figures["accuracy"].value, figures["accuracy"].of) == (0.5, 3)
     assert figures["both orders right"].value == 1 / 3
+    assert (task.figures(rows[:3])["both orders right"].value, task.figures(rows[:3])["both orders right"].of) == (1, 1)
     assert figures['answers "A"'].value == 4 / 6
     assert figures["answers not parsed"].value == 1 / 6
     assert figures['accuracy of always "A"'].value == 1 / 2

@@ -8,6 +8,7 @@ from ... import EMMA_TINY
 from ...model.errors_emma import EmmaError
 from .ask import decode
 from .loading_arguments import add_loading_arguments, check_loading_arguments
+from .tiny import LAST_EVALUATION_SEED
 
 if TYPE_CHECKING:
     from ...analysis import Row
@@ -61,6 +62,8 @@ def _check(args: argparse.Namespace) -> None:
             raise EmmaError(f"A question must have words: got {question!r}.")
     if args.max_new_tokens < 1:
         raise EmmaError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
+    if args.questions is None and not 0 <= args.seed <= LAST_EVALUATION_SEED:
+        raise EmmaError(f"`--seed` of scenes must be 0 to {LAST_EVALUATION_SEED}: got {args.seed}.")
     if args.count is not None and args.count < 2:
         raise EmmaError(f"`--count` must be at least 2, as questions are compared: got {args.count}.")
     check_loading_arguments(args)

@@ -1,6 +1,7 @@
 """`emma-hf ask` and `emma-hf chat`: questions about images."""
 
 import argparse
+import io
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,9 @@ def _ask(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     chat = _load_chat(args)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # `decode` says which text it is that the locale cannot read.
+        sys.stdin.reconfigure(errors="surrogateescape")
     read_line = _line_reader()
     while line := decode(read_line()).strip():
         _stream(chat, line, args.max_new_tokens)

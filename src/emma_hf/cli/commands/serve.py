@@ -1,6 +1,7 @@
 """`emma-hf serve`: an OpenAI-compatible server."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def add_commands(commands: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    for name in ("max_megabytes", "max_megapixels", "max_request_megapixels", "max_waiting_megabytes"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise EmmaError(f"`--{name.replace('_', '-')}` must be a finite number: got {value:g}.")
     if args.max_megabytes <= 0 or args.max_megapixels <= 0:
         raise EmmaError(
             f"`--max-megabytes` and `--max-megapixels` must be above 0: got {args.max_megabytes:g} and "

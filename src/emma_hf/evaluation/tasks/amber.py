@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ...model.errors_emma import EmmaError, MissingPackageError
 from .base import Figure, Sample, ScoredRow, Task
-from .files import Row, read_json, read_list
+from .files import Row, read_json, read_list, read_words
 from .yes_no import YesNoTask, class_figures, of_kind
 
 SOURCE = "https://github.com/junyangwang0410/AMBER"
@@ -178,7 +178,7 @@ class AmberGenerative(Task):
         if not isinstance(related, dict) or not all(isinstance(words, list) for words in related.values()):
             raise EmmaError(f"{folder / 'data/relation.json'} must give a list of words for each word.")
         vocabulary = frozenset([*related, *(word for words in related.values() for word in words)])
-        harmless = frozenset((folder / "data/safe_words.txt").read_text(encoding="utf-8").split())
+        harmless = frozenset(read_words(folder / "data/safe_words.txt"))
         shared = {"related": related, "vocabulary": vocabulary, "harmless": harmless}
         samples = []
         for query in read_list(folder / "data/query/query_generative.json"):

@@ -141,9 +141,11 @@ class MMBench(LetterTask):
         questions: dict[str, list[ScoredRow]] = {}
         for row in rows:
             questions.setdefault(row.sample.extra["question"], []).append(row)
+        # A limit can cut the last question's rotations short.
+        whole = [group for group in questions.values() if len(group) == len(group[0].sample.extra["options"])]
         first = [row.score == 1 for row in rows if row.sample.extra["rotation"] == 0]
         return {
-            "circular accuracy": Figure.of_hits(all(row.score == 1 for row in group) for group in questions.values()),
+            "circular accuracy": Figure.of_hits(all(row.score == 1 for row in group) for group in whole),
             "accuracy over all rotations": Figure.of_hits(row.score == 1 for row in rows),
             "accuracy of the first order": Figure.of_hits(first),
         }

@@ -97,11 +97,14 @@ def read_list(path: Path) -> list[Row]:
 def read_lines(path: Path) -> list[Row]:
     """A file with a JSON object on each line."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Text may hold characters that end a line elsewhere than in a file of bytes.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, row {number}"
         try:
             rows.append(Row(json.loads(line), where))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise EmmaError(f"{where} is not JSON ({error}). Get the file again.") from error
     return rows
 
@@ -115,6 +118,14 @@ def read_table(path: Path, delimiter: str) -> list[Row]:
             return rows_of(list(csv.DictReader(file, delimiter=delimiter)), path)
         except (csv.Error, UnicodeDecodeError) as error:
             raise EmmaError(f"{path} is not a table of values ({error}). Get it again.") from error
+
+
+def read_words(path: Path) -> list[str]:
+    """The words of a text file."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise EmmaError(f"{path} is not text in UTF-8 ({error}). Get it again.") from error
 
 
 def read_parquet(folder: Path, pattern: str) -> list[Row]:
@@ -171,5 +182,6 @@ __all__ = [
     "read_objects",
     "read_parquet",
     "read_table",
+    "read_words",
     "rows_of",
 ]

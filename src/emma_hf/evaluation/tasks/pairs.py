@@ -18,11 +18,11 @@ FOIL_SEED = 0
 
 
 def pairs_of(rows: Sequence[ScoredRow]) -> list[list[ScoredRow]]:
-    """The rows of each pair, in the order of the pairs' first rows."""
+    """The rows of each pair of which both were asked, in the order of the pairs' first rows."""
     pairs: dict[str, list[ScoredRow]] = {}
     for row in rows:
         pairs.setdefault(row.sample.extra["pair"], []).append(row)
-    return list(pairs.values())
+    return [pair for pair in pairs.values() if len(pair) == 2]
 
 
 class MMVP(LetterTask):
@@ -119,7 +119,7 @@ class Foil(LetterTask):
 
     def authors_figures(self, rows: Sequence[ScoredRow]) -> dict[str, Figure]:
         draw = random.Random(FOIL_SEED)
-        drawn = [pair[draw.randint(0, 1) % len(pair)] for pair in pairs_of(rows)]
+        drawn = [pair[draw.randint(0, 1)] for pair in pairs_of(rows)]
         return {
             f"accuracy, order by seed {FOIL_SEED}": Figure.of_hits(
                 row.answer.strip().lower() == row.sample.target.lower() for row in drawn
