@@ -25,7 +25,7 @@ STAGE = "lora"  # or "pretrain", "finetune"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"folder or Hub id of a converted model, such as {EMMA_TINY.name}")
+    parser.add_argument("model", help=f"folder or Hub id of a converted model, such as {EMMA_TINY}")
     parser.add_argument("rows", help="JSON or JSONL file of rows")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--image-folder", help="folder of the rows' images (default: that of the rows)")

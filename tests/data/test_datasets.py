@@ -185,6 +185,18 @@ def test_lengths_open_no_picture(processor, monkeypatch):
     assert ChatDataset(rows, processor).modality_lengths().tolist() == [-3, -3]
 
 
+def test_lengths_of_rows_from_a_json_file(processor, photo, tmp_path):
+    """Parts of messages whose keys differ are kept as text there. `<image>` is a word of four."""
+    datasets = pytest.importorskip("datasets")
+    parts = [{"type": "image", "path": str(photo)}, {"type": "text", "text": "a b"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    rows = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert ChatDataset(rows, processor).modality_lengths().tolist() == [4]
+
+
 def test_a_system_turn_takes_the_place_of_ours(processor):
     rows = [
         {"messages": [

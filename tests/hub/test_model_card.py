@@ -123,6 +123,16 @@ def test_metadata_of_the_users_own_card_stays(source):
     assert card.text.strip() == "# My"
 
 
+def test_a_card_may_link_to_its_folder_and_must_be_utf_8(source):
+    (source / "notes.md").write_text("Notes.")
+    (source / "README.md").write_text("# My\n\n[files](./), [here](.) and [notes](./notes.md)\n")
+    _, files = render_card(source, EmmaConfig(), "me/mine")
+    assert files == {"notes.md": source / "notes.md"}
+    (source / "README.md").write_bytes(b"# Caf\xe9")
+    with pytest.raises(ValueError, match="README.md must be text in UTF-8"):
+        render_card(source, EmmaConfig(), "me/mine")
+
+
 def test_what_is_no_evaluation_is_refused(source):
     (source / "wrong.json").write_text('{"accuracy": {"all": 3}}')
     with pytest.raises(ValueError, match="must be the evaluation.json that `emma-hf tiny evaluate --output` writes"):

@@ -89,6 +89,16 @@ def test_the_check_finds_what_is_damaged_and_runs_no_foreign_code(exported, tmp_
     assert not wrong
 
 
+def test_a_card_that_cannot_be_read_and_a_link_to_itself_are_named(exported, tmp_path, unasked):
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    (folder / "README.md").write_text("---\ntags: [emma\n---\n")
+    (folder / "handler.py").unlink()
+    (folder / "handler.py").symlink_to("handler.py")
+    wrong = failures_of(check(folder))
+    assert "README.md must be YAML that the Hub reads" in wrong["card"]
+    assert "handler.py" in wrong
+
+
 def test_code_that_hides_is_run_only_by_permission(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "folder")
     (folder / "__pycache__").mkdir()

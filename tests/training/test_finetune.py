@@ -100,8 +100,19 @@ def test_what_a_stage_saves_loads_through_the_auto_classes(train, tmp_path, stag
     assert abs(loss.item() - final) < 2e-3 * final
 
 
-def test_an_adapter_loads_on_its_base(train, tmp_path, trainable):
-    assert train("lora", *options(4, 3e-3)) == 0
+def test_an_adapter_loads_on_its_base(train, tmp_path, trainable, monkeypatch):
+    """Also one that is pushed, which `Trainer` saves once more."""
+    pushed = []
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: None)
+
+    def push(self, *args, **kwargs):
+        self.save_model(_internal_call=True)
+        pushed.append(True)
+
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", push)
+    assert train("lora", "--push-to-hub", *options(4, 3e-3)) == 0
+    assert pushed
     out = tmp_path / "out"
     base = transformers.AutoModelForImageTextToText.from_pretrained(trainable, trust_remote_code=True)
     adapted = peft.PeftModel.from_pretrained(base, out).merge_and_unload()
@@ -135,6 +146,22 @@ def test_the_defaults_are_the_authors(tmp_path):
         ("finetune", ["--global_batch_size", "12"], "must be a multiple of the rows .* got 12 and 8 (1 times 8)"),
         ("pretrain", ["--image_folder", "."], "of pretrain.json: .*no picture at"),
         ("pretrain", ["--visual_tokens", "17"], "`visual_tokens` must be a whole number from 1 to 16, .* got 17."),
+        ("finetune", ["--global_batch_size", "0"], "`--global_batch_size` must be at least 1: got 0."),
+        (
+            "finetune",
+            ["--per_device_train_batch_size", "0"],
+            "`--per_device_train_batch_size` must be at least 1: got 0.",
+        ),
+        ("finetune", ["--gradient_accumulation_steps", "2"], "both say how many rows a step has. Give one."),
+        ("finetune", ["--eval_strategy", "steps"], "needs rows to evaluate on. Name them by `--eval_data`."),
+        (
+            "finetune",
+            ["--resume_from_checkpoint", "none"],
+            "must be the folder of a checkpoint: there is none at none.",
+        ),
+        ("lora", ["--lora_r", "0"], "`--lora_r` must be at least 1: got 0."),
+        ("lora", ["--lora_dropout", "1.5"], "`--lora_dropout` must be at least 0 and below 1: got 1.5."),
+        ("finetune", ["--save_only_model", "--save_strategy", "epoch"], "`save_only_model` leaves that out"),
     ],
 )
 def test_mistakes_are_told_in_a_line(train, capsys, stage, more, message):
@@ -176,6 +203,38 @@ def test_an_empty_file_of_rows_is_told_before_training(train, capsys, tmp_path, 
     (tmp_path / "none.jsonl").write_text("")
     assert train("finetune", option, str(tmp_path / "none.jsonl")) == 2
     assert f"`{option}` must hold at least one row: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named_and_of_its_stage_alone(train, capsys, tmp_path):
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3"]
+    assert train("pretrain", *options(2, 1e-4), *saving) == 0
+    named = ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    assert train("pretrain", *options(3, 1e-4), *saving, *named) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    # Of the named checkpoint's history the steps that follow are new.
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1]
+    assert train("finetune", *options(3, 1e-4), *saving) == 2
+    assert re.search(r"of its own stage: .* is of pretrain, this one is finetune\.", capsys.readouterr().err)
+
+
+def test_another_sampling_needs_the_own_one_off(tmp_path):
+    common = [
+        "--model",
+        "m",
+        "--train_data",
+        "d",
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--global_batch_size",
+        "8",
+    ]
+    new = "train_sampling_strategy" in vars(transformers.TrainingArguments(str(tmp_path), use_cpu=True))
+    sampling = ["--train_sampling_strategy", "sequential"] if new else ["--group_by_length"]
+    with pytest.raises(ValueError, match="pass `--group_by_modality false` too"):
+        parse([*common, *sampling])
+    script, _ = parse([*common, *sampling, "--group_by_modality", "false"])
+    assert not script.group_by_modality
 
 
 class Code:

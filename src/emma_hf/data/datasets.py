@@ -260,6 +260,9 @@ class ChatDataset(TrainingDataset):
         # A `datasets.Dataset` decodes the images of each row that it returns; its Arrow view does not.
         if getattr(self.rows, "format", {"type": "none"})["type"] is not None:
             return self.row
+        # Where the parts of messages differ in their keys, it has them as text.
+        if "Json(" in repr(self.rows.features):
+            return self.row
         arrow = self.rows.with_format("arrow")
         return lambda index: arrow[index].to_pylist()[0]
 

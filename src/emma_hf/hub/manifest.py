@@ -77,7 +77,8 @@ def sha256_of(path: Path) -> str:
 
 def is_own_file(path: Path, folder: Path) -> bool:
     """Whether `path` is a file, and neither it nor a folder on its way from `folder` is a link."""
-    return path.resolve() == folder.resolve() / path.relative_to(folder) and path.is_file()
+    # Not the other way round: a link to itself cannot be resolved.
+    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
 def is_remote_file(path: Path, remote: Any, sha256: str) -> bool:

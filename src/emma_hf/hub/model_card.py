@@ -47,7 +47,7 @@ def render_card(
         EmmaError: a card whose YAML cannot be read, or an `evaluation` of another form.
     """
     if (source / CARD_NAME).is_file():
-        folder, card = source, _parse_card((source / CARD_NAME).read_text(encoding="utf-8"), source / CARD_NAME)
+        folder, card = source, read_card(source / CARD_NAME)
     else:
         folder, card = TEMPLATE, _template_card(config, name.split("/")[-1])
     if evaluation is None and (source / EVALUATION_NAME).is_file():
@@ -144,6 +144,19 @@ def _template_card(config: EmmaConfig, title: str) -> ModelCard:
     return card
 
 
+def read_card(path: Path) -> ModelCard:
+    """Read a card.
+
+    Raises:
+        EmmaError: it is not UTF-8, or its YAML cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EmmaError(f"{path} must be text in UTF-8: {error}.") from error
+    return _parse_card(text, path)
+
+
 def _parse_card(text: str, path: Path) -> ModelCard:
     try:
         return ModelCard(text)
@@ -162,7 +175,7 @@ def _linked_files(card: ModelCard, folder: Path) -> dict[str, Path]:
     for link in links:
         parts = PurePosixPath(link).parts
         path = folder / link
-        if ":" in link or link in ("", CARD_NAME) or parts[0] == "/" or ".." in parts or not path.is_file():
+        if ":" in link or link in ("", CARD_NAME) or link.startswith("/") or ".." in parts or not path.is_file():
             continue
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".md", ".txt"):
             files[PurePosixPath(link).as_posix()] = path

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .. import __version__
@@ -27,6 +27,7 @@ from .manifest import (
     read_manifest,
     sha256_of,
 )
+from .model_card import CARD_NAME, read_card
 from .untrusted_code import find_untrusted_code, is_packaged_code, kernel_settings, python_files
 
 
@@ -182,7 +183,7 @@ def _config(folder: Path) -> tuple[str, str]:
 
 
 def _card(folder: Path) -> tuple[str, str]:
-    data = ModelCard.load(folder / "README.md").data.to_dict()
+    data = read_card(folder / CARD_NAME).data.to_dict()
     missing = [] if data.get("library_name") == "transformers" else ["library_name: transformers"]
     missing += [key for key in ("pipeline_tag", "tags") if not data.get(key)]
     # The license is the owner's to name.

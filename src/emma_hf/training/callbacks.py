@@ -15,6 +15,13 @@ from ..model.processing_emma import EmmaProcessor
 logger = logging.get_logger(__name__)
 
 
+def report_skipped_rows(dataset: Any) -> None:
+    """Log which rows a dataset with `on_error="skip"` has left out."""
+    report = dataset.skipped_report() if isinstance(dataset, TrainingDataset) else None
+    if report:
+        logger.warning(report)
+
+
 class SkippedRowsCallback(TrainerCallback):
     """Log at the end of training which rows a dataset with `on_error="skip"` left out."""
 
@@ -23,9 +30,7 @@ class SkippedRowsCallback(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for dataset in self.datasets:
-            report = dataset.skipped_report() if isinstance(dataset, TrainingDataset) else None
-            if report:
-                logger.warning(report)
+            report_skipped_rows(dataset)
 
 
 class SampleAnswersCallback(TrainerCallback):

@@ -10,6 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from ..model.errors_emma import EmmaError
+
 logger = logging.get_logger(__name__)
 
 # The last file that `Trainer` writes into a checkpoint.
@@ -23,16 +25,27 @@ class IncompleteCheckpointCallback(TrainerCallback, ExportableState):
     with this callback renames incomplete checkpoints in its output folder to `incomplete-checkpoint-…` when it is
     created, so that `trainer.train(resume_from_checkpoint=True)` finds the last complete one. A script that names the
     checkpoint itself calls [`last_complete_checkpoint`].
+
+    Args:
+        stage: name of what is trained, for [`stage_of_checkpoint`].
+
+    Raises:
+        EmmaError: from the trainer, with `save_only_model`.
     """
 
-    def __init__(self) -> None:
-        self.processes = 1
+    def __init__(self, stage: str | None = None) -> None:
+        self.stage, self.processes = stage, 1
 
     def state(self) -> dict[str, Any]:
-        """What `Trainer` saves in a checkpoint: the number of processes whose random states it must hold."""
-        return {"args": {}, "attributes": {"processes": self.processes}}
+        """What `Trainer` saves in a checkpoint: the stage, and how many processes' random states it must hold."""
+        return {"args": {"stage": self.stage}, "attributes": {"processes": self.processes}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_only_model and args.save_strategy != "no":
+            raise EmmaError(
+                "A run goes on from a checkpoint with its optimizer, and `save_only_model` leaves that out. Leave the "
+                'option out, or save no checkpoints (`save_strategy="no"`).'
+            )
         with args.main_process_first(local=args.save_on_each_node, desc="looking for incomplete checkpoints"):
             if args.should_save:
                 for folder, reason in incomplete_checkpoints(args.output_dir):
@@ -47,6 +60,16 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """Path of the complete checkpoint of the highest step in `output_dir`, or None."""
     complete = [folder for folder in _checkpoints(output_dir) if why_incomplete(folder) is None]
     return str(complete[-1]) if complete else None
+
+
+def stage_of_checkpoint(folder: str | Path) -> str | None:
+    """The stage that [`IncompleteCheckpointCallback`] noted in a checkpoint, or None."""
+    return _callback_state(Path(folder)).get("args", {}).get("stage")
+
+
+def _callback_state(folder: Path) -> dict[str, Any]:
+    callbacks = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
+    return callbacks.get(IncompleteCheckpointCallback.__name__, {})
 
 
 def incomplete_checkpoints(output_dir: str | Path) -> list[tuple[Path, str]]:
@@ -68,8 +91,7 @@ def why_incomplete(folder: Path) -> str | None:
     broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_readable(path)]
     if broken:
         return f"{broken[0].relative_to(folder)} is missing or cut off"
-    callbacks = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
-    processes = callbacks.get(IncompleteCheckpointCallback.__name__, {}).get("attributes", {}).get("processes", 1)
+    processes = _callback_state(folder).get("attributes", {}).get("processes", 1)
     # Other processes may still have been writing when the first one had finished.
     states = len(list(folder.glob("rng_state_*.pth")))
     if processes > 1 and states < processes:

@@ -16,17 +16,20 @@ from typing import Any, Literal
 
 import torch
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from ..data.collator import DataCollator
 from ..data.datasets import ConversationDataset
 from ..model.errors_emma import EmmaError
-from ..model.modeling_emma import EmmaForConditionalGeneration
+from ..model.modeling_emma import EmmaForConditionalGeneration, is_sharded
 from ..model.processing_emma import EmmaProcessor
-from .callbacks import SampleAnswersCallback
-from .checkpoints import IncompleteCheckpointCallback, last_complete_checkpoint
+from .callbacks import SampleAnswersCallback, report_skipped_rows
+from .checkpoints import IncompleteCheckpointCallback, last_complete_checkpoint, stage_of_checkpoint
 from .plots import figure_class, plot_loss
 from .stages import STAGES, prepare, stage_of
 from .trainer import EmmaTrainer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -81,11 +84,13 @@ def main(arguments: list[str]) -> None:
         processing_class=processor,
         projector_learning_rate=script.projector_learning_rate,
         group_by_modality=script.group_by_modality,
-        callbacks=[IncompleteCheckpointCallback()],
+        callbacks=[IncompleteCheckpointCallback(script.stage)],
     )
     if eval_data is not None:
         trainer.add_callback(SampleAnswersCallback(eval_data, processor, script.sample_answers))
-    checkpoint = last_complete_checkpoint(args.output_dir)
+    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, script.stage)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
@@ -97,16 +102,42 @@ def main(arguments: list[str]) -> None:
 
     if eval_data is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+        report_skipped_rows(eval_data)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-        if script.stage == "lora":
-            merged = Path(args.output_dir) / "merged"
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
-            processor.save_pretrained(merged)
+    # Before the adapter is merged, which leaves none to save.
     if args.push_to_hub:
         trainer.push_to_hub()
+    if script.stage == "lora" and trainer.is_world_process_zero():
+        _save_merged(trainer, processor)
+
+
+def _save_merged(trainer: EmmaTrainer, processor: EmmaProcessor) -> None:
+    """Save the model with its adapter merged in, where one process has all of its weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if any(map(is_sharded, model.parameters())):
+        logger.warning(
+            f"The adapter in {trainer.args.output_dir} is not merged, as each process has a part of the weights. Merge "
+            "it in one: `PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(MERGED)`."
+        )
+        return
+    merged = Path(trainer.args.output_dir) / "merged"
+    model.merge_and_unload().save_pretrained(merged)
+    processor.save_pretrained(merged)
+
+
+def _check_checkpoint(folder: str, stage: str) -> None:
+    """Refuse a checkpoint that does not exist, or of another stage."""
+    if not Path(folder).is_dir():
+        raise EmmaError(f"`--resume_from_checkpoint` must be the folder of a checkpoint: there is none at {folder}.")
+    begun = stage_of_checkpoint(folder)
+    if begun not in (None, stage):
+        raise EmmaError(
+            f"A run goes on from checkpoints of its own stage: {folder} is of {begun}, this one is {stage}. Name "
+            "another `--output_dir`."
+        )
 
 
 def _read_rows(option: str, path: str, script: ScriptArguments, processor: EmmaProcessor) -> ConversationDataset:
@@ -126,7 +157,8 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
     """Parse the arguments; the defaults are the authors' for the stage.
 
     Raises:
-        EmmaError: an unknown stage, or a global batch that the processes cannot share evenly.
+        EmmaError: an unknown stage, an option that has no effect or cannot be used with another, or a global batch that
+            the processes cannot share evenly.
     """
     parser = HfArgumentParser((ScriptArguments, TrainingArguments), prog="emma-hf train")
     parser.set_defaults(gradient_accumulation_steps=None)
@@ -134,6 +166,7 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     stage = stage_of(given.stage)
+    _check_options(given)
     parser.set_defaults(
         **stage.training_arguments(),
         projector_learning_rate=stage.projector_learning_rate,
@@ -153,6 +186,43 @@ def parse(arguments: list[str]) -> tuple[ScriptArguments, TrainingArguments]:
         raise EmmaError(f"`TrainingArguments` refuses this combination of options: {error}") from error
 
 
+def _check_options(given: Namespace) -> None:
+    """Refuse options of which training would say nothing, or fail after the model is loaded."""
+    least = {"global_batch_size": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "lora_r": 1}
+    for name, value in least.items():
+        found = getattr(given, name)
+        if found is not None and found < value:
+            raise EmmaError(f"`--{name}` must be at least {value}: got {found}.")
+    if not 0 <= given.lora_dropout < 1:
+        raise EmmaError(f"`--lora_dropout` must be at least 0 and below 1: got {given.lora_dropout}.")
+    # Options of Transformers 5, and then of 4.
+    strategy = getattr(given, "train_sampling_strategy", "random")
+    is_sampled = strategy != "random" or getattr(given, "group_by_length", False)
+    is_overwritten = getattr(given, "overwrite_output_dir", False)
+    is_evaluated = str(getattr(given.eval_strategy, "value", given.eval_strategy)) != "no"
+    refused = [
+        (
+            is_overwritten,
+            "`--overwrite_output_dir` is of no use: a run goes on from its folder's checkpoints. Remove them.",
+        ),
+        (
+            given.global_batch_size is not None and given.gradient_accumulation_steps is not None,
+            "`--global_batch_size` and `--gradient_accumulation_steps` both say how many rows a step has. Give one.",
+        ),
+        (
+            is_evaluated and not given.eval_data,
+            "`--eval_strategy` needs rows to evaluate on. Name them by `--eval_data`.",
+        ),
+        (
+            is_sampled and given.group_by_modality,
+            "Rows are sampled by modality and length. For another sampling pass `--group_by_modality false` too.",
+        ),
+    ]
+    for applies, text in refused:
+        if applies:
+            raise EmmaError(text)
+
+
 def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
     """Number of accumulated steps with which all processes together see the global batch."""
     if given.gradient_accumulation_steps is not None:
@@ -161,7 +231,7 @@ def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
     devices = 1 if given.use_cpu else max(1, torch.cuda.device_count())
     processes = int(os.environ.get("WORLD_SIZE", devices))
     rows = given.per_device_train_batch_size * processes
-    batch_size = given.global_batch_size or authors_batch_size
+    batch_size = authors_batch_size if given.global_batch_size is None else given.global_batch_size
     if batch_size % rows:
         raise EmmaError(
             f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got {batch_size} "
