@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +36,8 @@ LANGUAGE_MODELS = {
     "45m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8},
 }
 VOCABULARY, IMAGE, VISUAL_TOKENS = 32001, 32000, 576
+# Places in a block of random numbers at which a tensor can begin.
+PLACES = 4096
 
 # What is measured of an alternative: a number, or several by name.
 Measured = TypeVar("Measured")
@@ -101,12 +104,19 @@ def float16_bytes(shapes: dict[str, torch.Size]) -> int:
 
 
 def random_tensors(shapes: dict[str, torch.Size]) -> dict[str, MemoryTensor]:
-    """Weights of small random numbers, norms of ones. One block serves all tensors: what matters is their size."""
+    """Weights of small random numbers, norms near one.
+
+    One block serves all tensors, each from a place of its own: one that stands for another would be noticed.
+    """
+    places = {name: zlib.crc32(name.encode()) % PLACES for name in shapes}
     largest = max(shape.numel() for shape in shapes.values())
-    noise = 0.02 * torch.randn(largest, generator=torch.Generator().manual_seed(0))
-    noise, ones = noise.half(), torch.ones(largest, dtype=torch.float16)
-    blocks = {name: ones if "norm" in name and name.endswith("weight") else noise for name in shapes}
-    return {name: MemoryTensor(blocks[name][: shape.numel()].reshape(shape)) for name, shape in shapes.items()}
+    noise = (0.02 * torch.randn(largest + PLACES, generator=torch.Generator().manual_seed(0))).half()
+    near_one = 1 + noise
+    blocks = {name: near_one if "norm" in name and name.endswith("weight") else noise for name in shapes}
+    return {
+        name: MemoryTensor(blocks[name][places[name] :][: shape.numel()].reshape(shape))
+        for name, shape in shapes.items()
+    }
 
 
 def write_language_model(folder: Path, config: LlamaConfig, vision_width: int, shard_size: int) -> int:

@@ -52,10 +52,10 @@ def language_model(size: int) -> LlamaConfig:
 
 
 def verify(source: Path, output: Path) -> None:
-    """Compare every hundredth tensor of the language model, bit for bit."""
+    """Compare every seventh tensor of the language model, bit for bit."""
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     theirs = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
-    for name in sorted(name for name in theirs if name.startswith("model.layers"))[::100]:
+    for name in sorted(name for name in theirs if name.startswith("model.layers"))[::7]:
         ours = name.replace("model.", "model.language_model.", 1)
         with safe_open(source / theirs[name], "pt") as first, safe_open(output / index[ours], "pt") as second:
             if not torch.equal(first.get_tensor(name), second.get_tensor(ours)):

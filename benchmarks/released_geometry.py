@@ -128,9 +128,9 @@ def write_checkpoint(folder: Path, size: str, layers: int, towers: str, vocabula
 
 
 def samples(folder: Path) -> dict[str, str]:
-    """Digests of every twentieth tensor of a folder's language model."""
+    """Digests of every twentieth tensor of a folder's language model and CLIP."""
     found = {}
-    for path in folder.glob("model*.safetensors"):
+    for path in folder.rglob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return {name: digest(found[name], name) for name in sorted(found)[::20]}

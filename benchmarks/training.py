@@ -158,7 +158,7 @@ def data_path(batches: int, size: int = 8) -> dict[str, list[float]]:
             spent = dict.fromkeys(("image", "prompt and labels", "instruction", "collating", "all"), 0.0)
             start = time.perf_counter()
             with (
-                clock(processor, "image_processor", spent, "image"),
+                clock(processor.image_processor, "encode_each", spent, "image"),
                 clock(emma_hf.data.datasets, "encode_conversation", spent, "prompt and labels"),
                 clock(emma_hf.data.datasets, "training_instruction", spent, "instruction"),
                 clock(emma_hf.data.datasets, "encode_instruction", spent, "instruction"),

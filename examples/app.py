@@ -121,10 +121,12 @@ class Chat:
             turn: whose words guide the picture, `"image"` (the first question) or `"last"`.
 
         Raises:
-            ValueError: no question, no picture or a bad one, or a conversation too long for the model.
+            ValueError: no question or too long a one, no picture or a bad one, or a conversation too long for the
+                model.
         """
         if not question.strip():
             raise ValueError("There is no question. Type one, or choose one of those below.")
+        check_length(question)
         if picture is None:
             raise ValueError("There is no picture. Upload one, or choose one of the examples.")
         image = self.read(picture)
@@ -206,7 +208,7 @@ class Chat:
         return image.resize((MOVED_SIDE, MOVED_SIDE), Image.Resampling.NEAREST)
 
     def _stream(self, inputs: Any) -> Iterator[str]:
-        positions = self.model.config.text_config.max_position_embeddings
+        positions = self.model.config.position_count
         room = positions - inputs["input_ids"].shape[1]
         if room < 1:
             raise ValueError(f"The conversation is longer than the model's {positions} tokens. Start again.")
@@ -249,6 +251,18 @@ class Chat:
         return next(fitting, len(instruction))
 
 
+def check_length(question: str) -> None:
+    """Refuse a question that a browser would not have let through.
+
+    Raises:
+        ValueError: too many characters.
+    """
+    if len(question) > PAGE_QUESTION_CHARACTERS:
+        raise ValueError(
+            f"A question must have at most {PAGE_QUESTION_CHARACTERS} characters: got {len(question)}. Shorten it."
+        )
+
+
 def check_uploaded(picture: dict[str, Any] | None) -> None:
     """Refuse a path that a client made up. Gradio itself looks only at files that are marked as files.
 
@@ -267,6 +281,7 @@ def compare(
         check_uploaded(picture)
         if not shown or picture is None or conversation is None or not other.strip():
             return [None, None, ""]
+        check_length(other)
         (first, about_first), (second, about_second) = chat.moved(picture, conversation["instruction"], other.strip())
         return [first, second, f"Left: {about_first}. Right: {about_second}."]
     except ValueError as error:

@@ -59,7 +59,9 @@ class Answerer:
         if prepared:
             for place, answer in zip(prepared, self._answer(list(prepared.values()))):
                 answers[place] = answer
-        if not pyarrow.types.is_string(batch.schema.field("image").type):
+        kinds = pyarrow.types
+        pictures = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_struct)
+        if any(is_kind(batch.schema.field("image").type) for is_kind in pictures):
             batch = batch.drop_columns(["image"])
         for name, values in (("answer", answers), ("error", errors)):
             batch = batch.append_column(name, pyarrow.array(values, pyarrow.string()))
@@ -87,7 +89,7 @@ class Answerer:
             instructions=instructions_from_messages([message]),
         )
         length = len(inputs["input_ids"][0])
-        positions = self.model.config.text_config.max_position_embeddings
+        positions = self.model.config.position_count
         if length + self.max_new_tokens > positions:
             raise ValueError(
                 f"Prompt and answer must fit into the model's {positions} tokens: got a prompt of {length}, and "
@@ -143,7 +145,8 @@ def answer_table(args: argparse.Namespace) -> tuple[int, int]:
         context.execution_options.preserve_order = True
         # An error that is no row's own, such as no memory, is told as it is.
         context.raise_original_map_exception = True
-        table = READERS[kind](str(source))
+        # A folder may hold the pictures, too.
+        table = READERS[kind](str(source), file_extensions=[kind[1:]])
         check_columns(table.schema())
         answered = table.repartition(target_num_rows_per_block=args.batch_size, strict=True).map_batches(
             Answerer,

@@ -63,6 +63,14 @@ def test_a_text_value_that_is_null_is_the_default(values, clip):
     assert config.pad_token_id is None
 
 
+def test_mistral_without_a_window_stays_without(values, clip, folder):
+    values = {**values, "model_type": "llava_mistral"}
+    without = config_from_authors({**values, "sliding_window": None}, clip)
+    assert without.text_config.sliding_window is None
+    assert config_to_authors(without, folder)["sliding_window"] is None
+    assert config_from_authors({**values, "sliding_window": 512}, clip).text_config.sliding_window == 512
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -93,6 +101,13 @@ def test_images_are_padded_in_the_authors_code_as_here(converted, folder, do_pad
 def test_an_image_processor_that_does_not_say_pads(converted, folder):
     edit(folder / "preprocessor_config.json", do_pad=...)
     assert config_to_authors(EmmaConfig.from_pretrained(converted), folder)["image_aspect_ratio"] == "pad"
+
+
+def test_fewer_visual_tokens_do_not_go_back(values, clip, folder):
+    config = config_from_authors(values, clip)
+    config.visual_tokens = 8
+    with pytest.raises(EmmaError, match="keeps all visual tokens: got `visual_tokens` 8. Remove it"):
+        config_to_authors(config, folder)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import transformers
 from support.models import INSTRUCTION, VISION, tiny_config
 from transformers import AutoConfig
 
-from emma_hf import EmmaConfig, EmmaForConditionalGeneration
+from emma_hf import EmmaConfig, EmmaError, EmmaForConditionalGeneration
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict
 
@@ -175,3 +175,11 @@ def test_an_unknown_language_model_is_named():
 
 def test_the_supported_versions_are_the_ones_that_run_here():
     assert (int(transformers.__version__.split(".")[0]) >= 5) == TRANSFORMERS_5
+
+
+def test_the_number_of_positions_is_that_of_the_language_model():
+    assert EmmaConfig().position_count == 4096
+    assert EmmaConfig(text_config={"model_type": "mpt", "max_seq_len": 99}).position_count == 99
+    with pytest.raises(EmmaError, match="that of 'bloom' has no `max_position_embeddings`. Add it to `text_config`"):
+        EmmaConfig(text_config={"model_type": "bloom"}).position_count  # noqa: B018
+    assert EmmaConfig(text_config={"model_type": "bloom", "max_position_embeddings": 7}).position_count == 7

@@ -168,6 +168,8 @@ def test_a_bad_picture_is_refused_in_words_for_visitors(chat, scene, tmp_path, n
 def test_what_is_missing_is_named(chat, scene):
     with pytest.raises(ValueError, match="There is no question. Type one"):
         next(chat.answer(" \n", scene))
+    with pytest.raises(ValueError, match="at most 2000 characters: got 2001. Shorten it."):
+        next(chat.answer("a" * 2001, scene))
     with pytest.raises(ValueError, match="There is no picture. Upload one"):
         next(chat.answer("What is it?", None))
 

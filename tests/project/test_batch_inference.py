@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_pictures_in_parquet_are_read_and_not_written(folder, tmp_path):
     assert answers.column_names == ["question", "answer", "error"]
     rows = [{"image": f"scene-{seed}.png", "question": QUESTIONS[seed]} for seed in (0, 1)]
     assert answers["answer"].to_pylist() == generated(folder, rows)
+
+
+@pytest.mark.slow
+def test_a_folder_of_tables_beside_their_pictures(folder, tmp_path):
+    """Names of pictures stay, also in the string type that pandas 3 writes."""
+    tables = shutil.copytree(folder, tmp_path / "tables")
+    names = pyarrow.array(["scene-0.png", "scene-1.png"], pyarrow.large_string())
+    parquet.write_table(pyarrow.table({"image": names, "question": QUESTIONS[:2]}), tables / "questions.parquet")
+    done = run(tables, tmp_path / "answers.parquet", "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    answers = parquet.read_table(tmp_path / "answers.parquet")
+    assert answers["image"].to_pylist() == names.to_pylist()
+    assert answers["error"].to_pylist() == [None, None]
 
 
 @pytest.mark.slow

@@ -64,9 +64,15 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
     """The authors' `config.json` for a model of this package that is saved in `folder`.
 
     Raises:
-        EmmaError: a language model or an activation of the projector that the authors' code does not have.
+        EmmaError: a language model, an activation of the projector or fewer visual tokens, which the authors' code does
+            not have.
     """
     text = config.text_config
+    if config.visual_tokens is not None:
+        raise EmmaError(
+            f"The authors' code keeps all visual tokens: got `visual_tokens` {config.visual_tokens}. Remove it from "
+            "config.json first."
+        )
     if text.model_type not in LANGUAGE_MODELS.values():
         raise EmmaError(
             f"The authors' code knows the language models {sorted(set(LANGUAGE_MODELS.values()))}: got "
@@ -145,8 +151,8 @@ def _text_config(authors: dict[str, Any]) -> PretrainedConfig:
         )
     kept = _text_config_keys(LANGUAGE_MODELS[model_type]) | {"rope_theta", "rope_scaling"}
     kept |= {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"}
-    # What is null has its default, as a missing key.
-    values = {name: value for name, value in authors.items() if name in kept and value is not None}
+    # What is null has its default, as a missing key; but Mistral without a window says so by null.
+    values = {n: value for n, value in authors.items() if n in kept and (value is not None or n == "sliding_window")}
     values["vocab_size"] = authors["vocab_size"] + 1
     values.setdefault("tie_word_embeddings", False)
     return CONFIG_MAPPING[LANGUAGE_MODELS[model_type]](**values)

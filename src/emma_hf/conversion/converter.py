@@ -93,7 +93,8 @@ def convert(
     Args:
         source: folder or Hub id of the authors' checkpoint.
         output: folder to write; it must not exist. It appears when it is complete, or not at all.
-        clip: folder or Hub id of the CLIP checkpoint. Default: the one that the checkpoint's config names.
+        clip: folder or Hub id of the CLIP checkpoint. Default: the folder `clip` of the checkpoint, or
+            else the one that its config names.
         dtype: dtype of all floating-point tensors. Default: each tensor keeps its own.
         max_shard_size: largest weight file, in bytes or like `"5GB"`. No more than one tensor is ever in memory.
         progress: show a progress bar.
@@ -139,7 +140,9 @@ def _write_converted(
 ) -> None:
     source = resolve(source, CONVERTED_FILES)
     authors = read_json(source / "config.json")
-    clip = resolve(clip or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)
+    # Towers that were trained lie where `reverse` wrote them.
+    own = source / "clip" if (source / "clip" / "config.json").is_file() else None
+    clip = resolve(clip or own or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)
     config = config_from_authors(authors, read_clip_config(clip))
     if visual_tokens is not None:
         check_visual_tokens(visual_tokens, config.vision_seq_length)
@@ -202,6 +205,7 @@ def reverse(
         write_shards(folder, select_and_rename(tensors, REVERSE_LANGUAGE_MODEL_KEYS), limit, progress)
         fusion = select_and_rename(tensors, REVERSE_FUSION_KEYS)
         torch.save({name: tensor.load() for name, tensor in fusion.items()}, folder / "vision_tower.bin")
+        config.dtype = dtype or config.dtype
         write_json(folder / "config.json", config_to_authors(config, source))
         write_authors_tokenizers(source, folder)
         (folder / "clip").mkdir()

@@ -189,6 +189,22 @@ class EmmaConfig(PretrainedConfig):
         """Instruction tokens that enter the visual alignment."""
         return INSTRUCTION_TOKENS_KEPT[self.instruction_feature_select_strategy](self.instruction_length)
 
+    @property
+    def position_count(self) -> int:
+        """Tokens, prompt and answer together, that the language model has positions for.
+
+        Raises:
+            EmmaError: its config does not say.
+        """
+        text = self.text_config
+        for name in ("max_position_embeddings", "max_seq_len"):
+            if getattr(text, name, None) is not None:
+                return getattr(text, name)
+        raise EmmaError(
+            f"The config of a language model must say how many positions it has: that of {text.model_type!r} has no "
+            "`max_position_embeddings`. Add it to `text_config` in config.json."
+        )
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EmmaConfig":
         """Like the base class, for the values of a file, which must not ask for code: see `_without_kernels`.

@@ -81,9 +81,10 @@ def serve(
         listener: bound socket; see `listen`.
         limits: limits for one request.
     """
+    app = build_app(model, processor, name, limits)
     host, port = listener.getsockname()[:2]
     print(f"emma-hf: {name} answers at http://{host}:{port}/v1", file=sys.stderr, flush=True)
-    server = uvicorn.Server(uvicorn.Config(build_app(model, processor, name, limits), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     server.run(sockets=[listener])
 
 
@@ -177,7 +178,7 @@ class _ChatHandler(ChatCompletionHandler):
         self._limits = limits
         self._name = manager.force_model
         self._model, self._processor = model, processor
-        self._positions = model.config.get_text_config().max_position_embeddings
+        self._positions = model.config.position_count
         # One thread, because decoded images are large, because each thread keeps memory of its own for the next, and
         # because fast tokenizers are not made for several threads at once.
         self._preparer = ThreadPoolExecutor(1, "prepare")

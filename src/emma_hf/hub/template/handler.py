@@ -71,7 +71,7 @@ class EndpointHandler:
                 '{"inputs": {"image": "<base64>", "question": "..."}}.'
             )
         _check_keys("inputs", inputs, INPUTS)
-        positions = self.model.config.get_text_config().max_position_embeddings
+        positions = self.model.config.position_count
         question = _read_question(inputs, positions * CHARACTERS_PER_POSITION)
         instruction = inputs.get("instruction")
         if instruction is not None:
