@@ -8,7 +8,7 @@ import transformers
 from support.models import INSTRUCTION, VISION, tiny_config
 from transformers import AutoConfig
 
-from emma_hf import EmmaConfig, EmmaError, EmmaForConditionalGeneration
+from emma_hf import EmmaConfig, EmmaError, EmmaForConditionalGeneration, EmmaImageProcessor
 from emma_hf.model.code_files_emma import AUTO_MAP, HUB_FILES
 from emma_hf.model.compat_emma import TRANSFORMERS_5, text_config_from_dict
 
@@ -88,6 +88,46 @@ def test_what_5_saves_of_rotary_embeddings_is_read_by_4_57():
     default = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
     expected = default if TRANSFORMERS_5 else {"rope_theta": 5e5}
     assert text_config_from_dict(default) == expected
+
+
+def test_4_57_reads_rotary_embeddings_by_kind_of_layer_and_of_a_share():
+    """As configs of these versions name them; models saved by 5.24 gave the same logits on 4.57.6."""
+    plain = {"rope_theta": 2e4, "rope_type": "default"}
+    scaled = {"rope_theta": 7e5, "rope_type": "linear", "factor": 8.0}
+    part = {"rope_theta": 3e3, "rope_type": "default", "partial_rotary_factor": 0.5}
+    both = {"sliding_attention": plain, "full_attention": scaled}
+    alike = {**both, "sliding_attention": {**plain, "rope_theta": 7e5}}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    for values, expected in (
+        ({"model_type": "gemma3_text", "rope_parameters": both},
+         {"rope_theta": 7e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}),
+        ({"model_type": "olmo3", "rope_parameters": alike}, {"rope_theta": 7e5, "rope_scaling": scaling}),
+        ({"model_type": "glm4", "rope_parameters": part}, {"rope_theta": 3e3, "partial_rotary_factor": 0.5}),
+        ({"model_type": "gpt_neox", "rope_parameters": part},
+         {"rope_theta": 3e3, "rotary_emb_base": 3e3, "rotary_pct": 0.5}),
+    ):  # fmt: skip
+        read = text_config_from_dict(values)
+        assert read == (values if TRANSFORMERS_5 else {"model_type": values["model_type"], **expected})
+    unlike = {"model_type": "olmo3", "rope_parameters": both}
+    if TRANSFORMERS_5:
+        assert text_config_from_dict(unlike) == unlike
+    else:
+        with pytest.raises(
+            EmmaError, match="4.57 has no such rotary embeddings for 'olmo3': got .* Use Transformers 5"
+        ):
+            text_config_from_dict(unlike)
+
+
+def test_a_save_that_is_pushed_writes_all_files_and_pushes_them(tmp_path, monkeypatch):
+    pushed = []
+    for kind in (EmmaConfig, EmmaImageProcessor):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs)))
+    EmmaConfig().save_pretrained(tmp_path / "one", push_to_hub=True, repo_id="me/it", private=True)
+    EmmaImageProcessor().save_pretrained(tmp_path / "two", push_to_hub=True)
+    assert pushed == [(("me/it",), {"private": True}), (("two",), {})]
+    for folder, name in (("one", "config.json"), ("two", "preprocessor_config.json")):
+        assert (tmp_path / folder / name).is_file()
+        assert (tmp_path / folder / "modeling_emma.py").is_file()
 
 
 @pytest.mark.parametrize(

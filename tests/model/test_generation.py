@@ -233,6 +233,15 @@ def test_a_second_turn_with_an_image_too_many_is_refused(tiny):
         tiny.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **cache, max_new_tokens=2)
 
 
+def test_embeddings_of_a_prompt_whose_image_has_one_token():
+    model = tiny_model(visual_tokens=1)
+    inputs = tiny_inputs(model, (2, 2))
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    embedded = {**inputs, "inputs_embeds": embeddings}
+    del embedded["input_ids"]
+    assert new_tokens(model, embedded).tolist() == new_tokens(model, inputs).tolist()
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_embeddings_and_precomputed_features_give_the_same_tokens(tiny, encoded, beams):
     inputs = tiny_inputs(tiny, (2, 1))

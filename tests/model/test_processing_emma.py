@@ -275,6 +275,9 @@ def test_truncation_cuts_words_and_never_a_picture(processor, monkeypatch, side)
         for name in ("input_ids", "attention_mask", "offset_mapping"):
             assert cut[name][0] == whole[name][0][kept], (name, lost)
     assert processor(**given, truncation="do_not_truncate", max_length=12)["input_ids"] == whole["input_ids"]
+    # A length alone truncates, as in Transformers.
+    kept = slice(1, None) if side == "left" else slice(length - 1)
+    assert processor(**given, max_length=length - 1)["input_ids"][0] == whole["input_ids"][0][kept]
     lost = whole["input_ids"][0][slice(length - 12) if side == "left" else slice(12, None)].count(700)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         processor(**given, truncation=True, max_length=12)
@@ -635,6 +638,20 @@ def test_the_interface_of_serving_engines(processor):
 # Saving and loading
 
 
+def test_a_template_is_chosen_by_its_name(processor, monkeypatch):
+    messages = [{"role": "user", "content": "Who?"}]
+    templates = {"default": "{{ messages[0]['role'] }}", "rag": "{{ documents[0]['text'] }}"}
+    monkeypatch.setattr(processor, "chat_template", templates)
+    assert processor.apply_chat_template(messages) == "user"
+    assert (
+        processor.apply_chat_template(messages, chat_template="rag", documents=[{"text": "A hammer."}]) == "A hammer."
+    )
+    with pytest.raises(
+        ValueError, match="The chat template reads the role and the content of messages: got `documents`"
+    ):
+        processor.apply_chat_template(messages, documents=[{"text": "A hammer."}])
+
+
 def test_a_save_keeps_everything(processor, tmp_path):
     changed = EmmaProcessor(
         EmmaImageProcessor(size=28, crop_size=28, do_pad=False),
@@ -671,7 +688,8 @@ def test_a_save_can_be_pushed(processor, tmp_path, monkeypatch):
     assert processor.save_pretrained(tmp_path / "name", push_to_hub=True, private=True) == "url"
     processor.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other")
     assert pushed == [(("name",), {"private": True}), (("me/other",), {})]
-    assert not any(tmp_path.iterdir())
+    # The folder is written, too.
+    assert EmmaProcessor.from_pretrained(tmp_path / "name").chat_template == processor.chat_template
 
 
 @pytest.mark.parametrize(

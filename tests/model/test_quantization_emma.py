@@ -354,3 +354,10 @@ def test_an_entry_of_the_skip_list_counts_as_this_version_matches_it(entry, left
     else:
         with pytest.raises(ValueError, match=r"multiples of 64: `model.language_model.layers.0.mlp.gate_proj`"):
             check_quantizable(model.model.language_model, config)
+
+
+def test_layers_are_found_whatever_a_language_model_calls_them():
+    text = {"model_type": "opt", "hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64, "vocab_size": 120}
+    model = tiny_model(text=text)
+    with pytest.raises(ValueError, match=r"multiples of 64: `model.language_model.decoder.layers.0.fc1`"):
+        check_quantizable(model.model.language_model, {"load_in_4bit": True})

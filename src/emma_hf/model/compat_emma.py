@@ -18,6 +18,8 @@ from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
+from .errors_emma import EmmaError
+
 # `pyproject.toml` says the same to pip, and the Makefile names the versions that the tests run on. A minor version: its
 # patch releases count as tested.
 NEWEST_TESTED_TRANSFORMERS = "5.24"
@@ -113,15 +115,47 @@ def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
 
     Transformers 5 stores the rotary base inside `rope_parameters`, a key that 4.57 keeps without using: the model would
     run with the default base. Goes with 4.57.
+
+    Raises:
+        EmmaError: rotary values by kind of layer that 4.57 has no names for.
     """
     values = dict(values)
     rope = values.get("rope_parameters")
-    if not TRANSFORMERS_5 and rope:
-        rope = dict(values.pop("rope_parameters"))
-        values.setdefault("rope_theta", rope.pop("rope_theta", 10000.0))
-        if rope.get("rope_type", "default") != "default":
-            values.setdefault("rope_scaling", rope)
+    if TRANSFORMERS_5 or not rope:
+        return values
+    rope = dict(values.pop("rope_parameters"))
+    if any(isinstance(each, dict) for each in rope.values()):
+        rope = _rope_of_full_attention(values, rope)
+    theta = rope.pop("rope_theta", 10000.0)
+    share = rope.pop("partial_rotary_factor", None)
+    if values.get("model_type") in ("gpt_neox", "gpt_neox_japanese"):
+        values.setdefault("rotary_emb_base", theta)
+        values |= {} if share is None else {"rotary_pct": share}
+    elif share is not None:
+        values.setdefault("partial_rotary_factor", share)
+    values.setdefault("rope_theta", theta)
+    if rope.get("rope_type", "default") != "default":
+        values.setdefault("rope_scaling", rope)
     return values
+
+
+def _rope_of_full_attention(values: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotary values of layers with full attention; those of sliding windows go into `values`, or are the same."""
+    full, sliding = dict(rope.get("full_attention") or {}), dict(rope.get("sliding_attention") or {})
+    theta = sliding.pop("rope_theta", full.get("rope_theta"))
+    is_known = (
+        rope.keys() <= {"full_attention", "sliding_attention"} and sliding.get("rope_type", "default") == "default"
+    )
+    if values.get("model_type") == "gemma3_text":
+        values.setdefault("rope_local_base_freq", theta)
+    elif theta != full.get("rope_theta"):
+        is_known = False
+    if not is_known:
+        raise EmmaError(
+            f"Transformers 4.57 has no such rotary embeddings for {values.get('model_type')!r}: got `rope_parameters` "
+            f"{rope}. Use Transformers 5."
+        )
+    return full
 
 
 def unwrap_clip_model(tower: nn.Module) -> nn.Module:

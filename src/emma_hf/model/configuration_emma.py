@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionConfig
@@ -229,10 +230,12 @@ class EmmaConfig(PretrainedConfig):
         """
         return {**super().to_dict(), "image_seq_length": self.image_seq_length, "auto_map": dict(AUTO_MAP)}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Like the base class, with the code files that `trust_remote_code` runs beside it."""
         copy_code_files(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        saved = super().save_pretrained(save_directory, **kwargs)
+        # The base class pushes what it wrote itself, and thus no code files.
+        return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs) if push_to_hub else saved
 
     def _validate(self) -> None:
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))

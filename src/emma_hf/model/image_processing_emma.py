@@ -165,10 +165,12 @@ class EmmaImageProcessor(BaseImageProcessor):
         values["auto_map"] = {"AutoImageProcessor": AUTO_MAP["AutoImageProcessor"]}
         return values
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Like the base class, with the code files that `trust_remote_code` runs beside it."""
         copy_code_files(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        saved = super().save_pretrained(save_directory, **kwargs)
+        # The base class pushes what it wrote itself, and thus no code files.
+        return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs) if push_to_hub else saved
 
     def _known(self, overrides: dict[str, Any]) -> dict[str, Any]:
         known = {}

@@ -560,7 +560,7 @@ class EmmaModel(EmmaPreTrainedModel):
             image_features = image_outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
             image_outputs.pooler_output = image_features
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            return inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+            return inputs_embeds.masked_scatter(mask.unsqueeze(-1).to(inputs_embeds.device), image_features)
         if inputs_embeds.shape[1] == 1:
             # A decoding step is one token, never a placeholder: checking it would only stall the device.
             return inputs_embeds
@@ -725,11 +725,11 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             is_decoding = step_ids is not None and (
                 step_ids.shape[1] == 1 < input_ids.shape[1] or (cache is not None and cache.get_seq_length() > 0)
             )
-            model_inputs.update(self._images_of_step(images, input_ids, step_ids) if is_decoding else images)
+            model_inputs.update(self._images_of_step(images, input_ids, step_ids, cache) if is_decoding else images)
         return model_inputs
 
     def _images_of_step(
-        self, images: dict[str, torch.Tensor], input_ids: torch.Tensor, step_ids: torch.Tensor
+        self, images: dict[str, torch.Tensor], input_ids: torch.Tensor, step_ids: torch.Tensor, cache: Any
     ) -> dict[str, torch.Tensor]:
         """The images whose placeholders this step holds; those before it are in the cache already."""
         length = self.config.image_seq_length
@@ -737,6 +737,10 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             return {}
         in_step = ((step_ids == self.config.image_token_index).sum(-1) // length).tolist()
         in_all = ((input_ids == self.config.image_token_index).sum(-1) // length).tolist()
+        is_decoding = step_ids.shape[1] == 1 and not any(in_step)
+        if is_decoding and cache is not None and cache.get_seq_length() >= input_ids.shape[1]:
+            # The prompt was embeddings: its images are in the cache, and its placeholders are not in `input_ids`.
+            return {}
         given = next(iter(images.values())).shape[0]
         if in_step == in_all or given != sum(in_all):
             # Also where a caller who keeps the cache passes the new turn's images alone. More images than placeholders

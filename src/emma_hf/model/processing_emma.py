@@ -222,7 +222,10 @@ class EmmaProcessor(ProcessorMixin):
             [normalize_message(message, self.image_token) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
-        refuse_unread(chat_template or self.chat_template, chain.from_iterable(conversations), kwargs)
+        template = chat_template or self.chat_template
+        if isinstance(self.chat_template, dict):
+            template = self.chat_template.get(chat_template or "default", chat_template)
+        refuse_unread(template, chain.from_iterable(conversations), kwargs)
         if kwargs.get("tokenize"):
             instructions = kwargs.pop("instructions", None)
             if instructions is None:
@@ -348,6 +351,9 @@ class EmmaProcessor(ProcessorMixin):
         verbose: bool = True,
         **ignored: Any,
     ) -> dict[str, Any]:
+        if truncation is None and max_length is not None and padding is False:
+            # As in Transformers' tokenizers.
+            truncation = True
         encoded = [self.encode_prompt(prompt, add_special_tokens) for prompt in prompts]
         if not truncation:
             for ids, _ in encoded:
@@ -505,11 +511,8 @@ class EmmaProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Write a folder that every supported Transformers version loads: both tokenizers, the image processor, the
-        chat template and the code files.
+        chat template and the code files; and push it with `push_to_hub`.
         """
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            return self.push_to_hub(repo_id, **kwargs)
         folder = Path(save_directory)
         copy_code_files(folder)
         with only_primary_attributes(self):
@@ -521,7 +524,7 @@ class EmmaProcessor(ProcessorMixin):
         (second / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}) + "\n", encoding="utf-8")
         make_tokenizer_config_portable(folder, self.tokenizer)
         make_tokenizer_config_portable(second, self.instruction_tokenizer)
-        return files
+        return self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs) if push_to_hub else files
 
 
 __all__ = ["EmmaProcessor"]

@@ -89,8 +89,8 @@ def check_quantizable(language_model: nn.Module, quantization_config: Any) -> No
     if not (values.get("load_in_4bit") or values.get("_load_in_4bit")):
         return
     skipped = values.get("llm_int8_skip_modules") or []
-    for name, module in language_model.layers.named_modules():
-        name = f"model.language_model.layers.{name}"
+    for name, module in language_model.named_modules():
+        name = f"model.language_model.{name}"
         if (
             isinstance(module, nn.Linear)
             and not is_left_unquantized(name, skipped)
