@@ -2,11 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from emma_hf import EMMA_TINY
+from emma_hf.tiny.curve import read_curve
 from emma_hf.tiny.evaluation import (
     accuracy,
     fresh_questions,
@@ -17,6 +20,7 @@ from emma_hf.tiny.evaluation import (
     yes_no,
 )
 from emma_hf.tiny.questions import FAMILIES, Question
+from emma_hf.tiny.recipe import Budget
 from emma_hf.tiny.rows import CLIP_SEEDS, TEST_SEEDS, TRAIN_SEEDS
 from emma_hf.tiny.scenes import HELD_OUT_PAIRS, Scene, Thing
 
@@ -111,3 +115,14 @@ def test_the_table_and_the_picture(tmp_path):
     plot(result, tmp_path / "evaluation.png")
     picture = np.asarray(Image.open(tmp_path / "evaluation.png").convert("RGB")).reshape(-1, 3).astype(int)
     assert (np.abs(picture - (0x48, 0x78, 0xA8)).sum(-1) < 10).sum() > 1000
+
+
+def test_the_page_says_how_far_the_command_gets():
+    page = Path(__file__).parents[2] / "docs" / "emma-tiny"
+    text = (page / "README.md").read_text(encoding="utf-8")
+    for name, folder in (("the command", page / "command"), ("the shipped weights", EMMA_TINY)):
+        figures = json.loads((folder / "evaluation.json").read_text())["accuracy"]
+        shares = [f"{figures[group]['share']:.1%}" for group in ("all", *FAMILIES)]
+        assert f"| {name} | {' | '.join(shares)} |" in text
+    last = read_curve(page / "command" / "curve.jsonl")[-1]
+    assert last["step"] == last["steps"] == Budget().finetune_rows // Budget().batch_size
