@@ -198,13 +198,13 @@ class EmmaConfig(PretrainedConfig):
             EmmaError: its config does not say.
         """
         text = self.text_config
-        for name in ("max_position_embeddings", "max_seq_len"):
-            if getattr(text, name, None) is not None:
-                return getattr(text, name)
-        raise EmmaError(
-            f"The config of a language model must say how many positions it has: that of {text.model_type!r} has no "
-            "`max_position_embeddings`. Add it to `text_config` in config.json."
-        )
+        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+        if positions is None:
+            raise EmmaError(
+                f"The config of a language model must say how many positions it has: that of {text.model_type!r} has "
+                "no `max_position_embeddings`. Add it to `text_config` in config.json."
+            )
+        return positions
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EmmaConfig":
