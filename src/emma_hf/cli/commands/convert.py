@@ -19,7 +19,8 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("output", metavar="OUTPUT", help="folder to write; it must not exist")
     parser.add_argument(
-        "--clip", help="folder or Hub id of the CLIP checkpoint (default: the one that the config names)"
+        "--clip",
+        help="folder or Hub id of the CLIP checkpoint (default: `clip` in SOURCE, or the one that the config names)",
     )
     parser.add_argument(
         "--base",
