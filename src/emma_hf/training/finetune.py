@@ -231,7 +231,7 @@ def accumulated_steps(given: Namespace, authors_batch_size: int) -> int:
     devices = 1 if given.use_cpu else max(1, torch.cuda.device_count())
     processes = int(os.environ.get("WORLD_SIZE", devices))
     rows = given.per_device_train_batch_size * processes
-    batch_size = authors_batch_size if given.global_batch_size is None else given.global_batch_size
+    batch_size = given.global_batch_size or authors_batch_size
     if batch_size % rows:
         raise EmmaError(
             f"`--global_batch_size` must be a multiple of the rows that all processes take at once: got {batch_size} "
