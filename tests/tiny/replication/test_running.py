@@ -208,7 +208,7 @@ def test_prompts_hold_the_picture_once_and_labels_hold_the_answer():
 
 def test_the_planned_rows():
     rows = planned_rows()
-    assert len(rows) == len(set(rows)) == 25 + 4 + 6 + 12
+    assert len(rows) == len(set(rows)) == 25 + 4 + 6 + 12 + 18
     assert {row.arm for row in rows[:5]} == set("ABCDE")
     assert {(row.arm, row.rate) for row in rows if row.rate != 1} == {("C", 3), ("D", 3), ("E", 3), ("G", 3)}
     assert planned_rows(["G-k4-d6-s1-r1"]) == [Row("G", seed=1)]

@@ -78,6 +78,8 @@ class Task:
 
 # One token of three numbers, which hold the color and shape of one thing but not of six, and all tokens.
 FEW, ALL = Task(1, 3, 2), Task(64)
+# A second experiment: with a higher rate for the text weights, and seeds that no row of that rate had before.
+SECOND_RATE, SECOND_SEEDS = 3.0, range(2, 8)
 
 
 @dataclass(frozen=True)
@@ -320,4 +322,15 @@ class ReplicationModel(nn.Module):
         return outputs.last_hidden_state
 
 
-__all__ = ["ALL", "ARMS", "CONSTANT_INSTRUCTION", "FEW", "Arm", "ReplicationModel", "Row", "Task"]
+__all__ = [
+    "ALL",
+    "ARMS",
+    "CONSTANT_INSTRUCTION",
+    "FEW",
+    "SECOND_RATE",
+    "SECOND_SEEDS",
+    "Arm",
+    "ReplicationModel",
+    "Row",
+    "Task",
+]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...model.errors_emma import EmmaError
 from ...training.plots import figure_class
-from .arms import ALL, ARMS, FEW, Row, Task
+from .arms import ALL, ARMS, FEW, SECOND_RATE, SECOND_SEEDS, Row, Task
 from .questions import SMALLEST, questions_of_test
 from .running import read_results
 
@@ -34,6 +34,7 @@ class Comparison:
         primary: whether it was named as primary before the runs.
         rate: learning rate of both rows' text weights, in units of that of all others.
         exploratory: whether it was added after its first results were seen. It takes no part in Holm's correction.
+        seeds: those that count, in an experiment of its own. Default: all that both have.
     """
 
     first: tuple[str, str]
@@ -42,15 +43,18 @@ class Comparison:
     primary: bool = False
     rate: float = 1.0
     exploratory: bool = False
+    seeds: range | None = None
 
     @property
     def name(self) -> str:
-        """Such as `C - D`, with the instruction at test where it is not that of training, and another rate than 1."""
+        """Such as `C - D`, with the test's instruction where it is not that of training, a rate but 1, and chosen seeds."""
         arms = [arm if test == "as trained" else f"{arm} {test}" for arm, test in (self.first, self.second)]
-        return " - ".join(arms) + (f", rate {self.rate:g}" if self.rate != 1 else "")
+        rate = f", rate {self.rate:g}" if self.rate != 1 else ""
+        seeds = "" if self.seeds is None else f", seeds {self.seeds[0]} to {self.seeds[-1]}"
+        return " - ".join(arms) + rate + seeds
 
 
-# All but the exploratory ones were written down before any row was run.
+# All but the exploratory ones were written down before any row that they compare was run.
 COMPARISONS = (
     Comparison(("C", "as trained"), ("D", "as trained"), FEW, primary=True),
     Comparison(("C", "as trained"), ("E", "as trained"), FEW, primary=True),
@@ -60,7 +64,14 @@ COMPARISONS = (
         for second in (("B", "as trained"), ("A", "as trained"), ("C", "swapped"))
     ),
     Comparison(("C", "as trained"), ("E", "as trained"), ALL),
-    *(Comparison(("C", "as trained"), (arm, "as trained"), FEW, rate=3.0, exploratory=True) for arm in "DE"),
+    *(
+        Comparison(("C", "as trained"), second, FEW, rate=SECOND_RATE, seeds=SECOND_SEEDS)
+        for second in (("D", "as trained"), ("E", "as trained"), ("C", "swapped"))
+    ),
+    *(
+        Comparison(("C", "as trained"), (arm, "as trained"), FEW, rate=SECOND_RATE, exploratory=True, seeds=range(2))
+        for arm in "DE"
+    ),
 )
 
 
@@ -75,7 +86,7 @@ def compare(results: Sequence[dict[str, Any]], comparison: Comparison) -> dict[s
     """
     conditions = comparison.first, comparison.second
     hits = [_hits_by_seed(results, *condition, comparison.task, comparison.rate) for condition in conditions]
-    seeds = sorted(set(hits[0]) & set(hits[1]))
+    seeds = sorted(set(hits[0]) & set(hits[1]) & set(comparison.seeds or hits[0]))
     if not seeds:
         return None
     scenes = results[0]["budget"]["scenes"]
@@ -194,14 +205,19 @@ def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) -> str:
-    adjusted = iter(holm([figures["p"] for comparison, figures in present if not comparison.exploratory]))
+    adjusted = {}
+    # Each experiment has its own correction.
+    for seeds in (None, SECOND_SEEDS):
+        stated = [found for found in present if not found[0].exploratory and found[0].seeds == seeds]
+        corrected = holm([figures["p"] for _, figures in stated])
+        adjusted |= {comparison: f"{p:.4f}" for (comparison, _), p in zip(stated, corrected)}
     lines = [
         "| comparison | task | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
         "|---|---|---|---|---|---|---|",
     ]
     for comparison, figures in present:
         name = f"**{comparison.name}** (primary)" if comparison.primary else comparison.name
-        corrected = "exploratory" if comparison.exploratory else f"{next(adjusted):.4f}"
+        corrected = adjusted.get(comparison, "exploratory")
         effect = "-" if np.isnan(figures["effect"]) else f"{figures['effect']:.1f}"
         lines.append(
             f"| {name} | {comparison.task} | {figures['seeds']} | {figures['difference']:+.1f} "

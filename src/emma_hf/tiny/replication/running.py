@@ -31,7 +31,18 @@ from ..questions import Question
 from ..recipe import has_fast_bfloat16
 from ..rows import vision_features
 from ..scenes import Scene, SeededRandom
-from .arms import ALL, ARMS, CONSTANT_INSTRUCTION, FEW, Arm, ReplicationModel, Row, Task
+from .arms import (
+    ALL,
+    ARMS,
+    CONSTANT_INSTRUCTION,
+    FEW,
+    SECOND_RATE,
+    SECOND_SEEDS,
+    Arm,
+    ReplicationModel,
+    Row,
+    Task,
+)
 from .questions import (
     SMALLEST,
     TEST_SCENES,
@@ -422,15 +433,17 @@ def planned_rows(names: Iterable[str] | None = None) -> list[Row]:
     """The rows of the table, those of the primary comparison first; or the rows of names.
 
     With few tokens five seeds of A to E, two of F and G, and two of C, D and E with three times the rate of the text
-    weights. With all tokens three seeds of A, B, C and E.
+    weights. With all tokens three seeds of A, B, C and E. Last the second experiment: six seeds more of C, D and E with
+    the higher rate.
     """
     if names:
         return [Row.parse(name) for name in names]
     few = [Row.of(arm, FEW, seed) for seed in range(5) for arm in "BCDEA"]
     bounds = [Row.of(arm, FEW, seed, 3.0 if arm == "G" else 1.0) for seed in range(2) for arm in "FG"]
-    rates = [Row.of(arm, FEW, seed, 3.0) for arm in "CDE" for seed in range(2)]
+    rates = [Row.of(arm, FEW, seed, SECOND_RATE) for arm in "CDE" for seed in range(2)]
     many = [Row.of(arm, ALL, seed) for seed in range(3) for arm in "ABCE"]
-    return [*few, *bounds, *rates, *many]
+    second = [Row.of(arm, FEW, seed, SECOND_RATE) for seed in SECOND_SEEDS for arm in "CDE"]
+    return [*few, *bounds, *rates, *many, *second]
 
 
 __all__ = ["SMOKE", "ReplicationBudget", "measure", "planned_rows", "read_results", "replicate", "run_row"]
