@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """Such as `C - D`, with the test's instruction where it is not that of training, a rate but 1, and chosen seeds."""
+        """Such as `C - D`, with the instruction at test where it is another, a rate that is not 1, and chosen seeds."""
         arms = [arm if test == "as trained" else f"{arm} {test}" for arm, test in (self.first, self.second)]
         rate = f", rate {self.rate:g}" if self.rate != 1 else ""
         seeds = "" if self.seeds is None else f", seeds {self.seeds[0]} to {self.seeds[-1]}"
