@@ -99,8 +99,9 @@ def test_an_example_has_both_maps_at_one_scale(result):
     example = {**example, "question": "What costs $5 or $6?"}
     draw_example(canvas, result, example, noise(0))
     image, own, other, words, *_ = canvas.figure.axes
-    # What a grayscale image is drawn in.
+    # What a grayscale image is drawn in, with its own black and white.
     assert image.images[0].get_cmap().name == "gray"
+    assert image.images[0].get_clim() == (0, 255)
     assert own.images[0].get_clim() == other.images[0].get_clim() == (0, max(example["map"] + example["other_map"]))
     np.testing.assert_allclose(own.images[0].get_array().data.ravel(), example["map"])
     np.testing.assert_allclose(

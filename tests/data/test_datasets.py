@@ -185,7 +185,7 @@ def test_lengths_open_no_picture(processor, monkeypatch):
     assert ChatDataset(rows, processor).modality_lengths().tolist() == [-3, -3]
 
 
-def test_lengths_of_rows_from_a_json_file(processor, photo, tmp_path):
+def test_lengths_of_rows_from_a_json_file(processor, photo, tmp_path, monkeypatch):
     """Parts of messages whose keys differ are kept as text there. `<image>` is a word of four."""
     datasets = pytest.importorskip("datasets")
     parts = [{"type": "image", "path": str(photo)}, {"type": "text", "text": "a b"}]
@@ -194,6 +194,15 @@ def test_lengths_of_rows_from_a_json_file(processor, photo, tmp_path):
     rows = datasets.load_dataset(
         "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
     )
+    assert ChatDataset(rows, processor).modality_lengths().tolist() == [4]
+    # Pictures in a column of their own stay closed.
+    messages[0]["content"][0].pop("path")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": [str(photo)]}) + "\n")
+    rows = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "rows.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    ).cast_column("images", datasets.List(datasets.Image()))
+    assert "Json(" in repr(rows.features)
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *args, **kwargs: pytest.fail("decoded"))
     assert ChatDataset(rows, processor).modality_lengths().tolist() == [4]
 
 

@@ -77,6 +77,15 @@ def test_a_run_that_goes_on_takes_back_lines_and_adds_up_its_seconds(tmp_path, c
     ]
 
 
+def test_one_process_of_many_writes_the_curve(tmp_path):
+    callback = CurveCallback(tmp_path / "curve.jsonl", "finetune", lambda model: {"all": 1.0})
+    state = SimpleNamespace(global_step=0, max_steps=1, is_world_process_zero=False)
+    callback.on_train_begin(None, state, None)
+    callback.on_step_end(None, state, None)
+    callback.on_log(None, state, None, logs={"loss": 1.0}, model=None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_picture_shows_losses_and_accuracy(tmp_path, monkeypatch):
     figures = []
 

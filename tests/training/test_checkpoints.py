@@ -94,6 +94,16 @@ def test_an_archive_that_torch_did_not_write_is_found(output):
     assert [reason for _, reason in incomplete_checkpoints(output)] == ["optimizer.pt is missing or cut off"]
 
 
+def test_a_checkpoint_has_its_optimizer(output):
+    (output / "checkpoint-10" / "optimizer.pt").unlink()
+    assert [reason for _, reason in incomplete_checkpoints(output)] == ["it holds no state of the optimizer"]
+    # Those of FSDP and of DeepSpeed.
+    for name in ("optimizer_0", "global_step10"):
+        (output / "checkpoint-10" / name).mkdir()
+        assert incomplete_checkpoints(output) == []
+        (output / "checkpoint-10" / name).rmdir()
+
+
 def test_what_never_got_its_last_file_is_set_aside(output):
     (output / "checkpoint-10" / "trainer_state.json").unlink()
     (output / "checkpoint-12").mkdir()
@@ -104,12 +114,12 @@ def test_what_never_got_its_last_file_is_set_aside(output):
     # Where `Trainer` itself looks there is only the complete one.
     assert get_last_checkpoint(output) == str(output / "checkpoint-9")
     names = {path.name for path in output.iterdir() if path.is_dir()}
-    aside = {"incomplete-checkpoint-10", "incomplete-checkpoint-12"}
+    aside = {"_incomplete-checkpoint-10", "_incomplete-checkpoint-12"}
     assert names >= {"checkpoint-9", "checkpoint-best", *aside}
     # A second crash at the same step finds the name taken.
     (output / "checkpoint-12").mkdir()
     trainer(output)
-    assert (output / "incomplete-checkpoint-12-2").is_dir()
+    assert (output / "_incomplete-checkpoint-12-2").is_dir()
 
 
 def test_each_of_many_processes_must_have_kept_its_random_state(output):
@@ -133,7 +143,7 @@ def test_a_plain_trainer_goes_on_from_the_last_complete_one(output, trainable, p
     resumed = trainer(output, model, rows, processor)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 10
-    expected = load_file(output / "incomplete-checkpoint-10" / "model.safetensors")
+    expected = load_file(output / "_incomplete-checkpoint-10" / "model.safetensors")
     for name, tensor in load_file(output / "checkpoint-10" / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
 
@@ -179,7 +189,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(kind, trai
     begun = [run["began"] for run in runs]
     assert begun == sorted(begun)
     assert len(set(begun)) > KILLS / 2
-    assert any(path.name.startswith("incomplete-checkpoint-") for path in killed.iterdir())
+    assert any(path.name.startswith("_incomplete-checkpoint-") for path in killed.iterdir())
     assert curve(killed) == curve(whole)
     weights = "adapter_model.safetensors" if kind == "command" else "model.safetensors"
     expected = load_file(whole / weights)

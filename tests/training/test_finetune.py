@@ -153,11 +153,17 @@ def test_the_defaults_are_the_authors(tmp_path):
             "`--per_device_train_batch_size` must be at least 1: got 0.",
         ),
         ("finetune", ["--gradient_accumulation_steps", "2"], "both say how many rows a step has. Give one."),
-        ("finetune", ["--eval_strategy", "steps"], "needs rows to evaluate on. Name them by `--eval_data`."),
+        ("finetune", ["--eval_strategy", "steps"], "need rows to evaluate on. Name them by `--eval_data`."),
+        ("finetune", ["--eval_on_start"], "need rows to evaluate on. Name them by `--eval_data`."),
         (
             "finetune",
             ["--resume_from_checkpoint", "none"],
             "must be the folder of a checkpoint: there is none at none.",
+        ),
+        (
+            "finetune",
+            ["--resume_from_checkpoint", "."],
+            "must be a complete checkpoint: of ., trainer_state.json is missing or cut off. .*pass it as `--model`.",
         ),
         ("lora", ["--lora_r", "0"], "`--lora_r` must be at least 1: got 0."),
         ("lora", ["--lora_dropout", "1.5"], "`--lora_dropout` must be at least 0 and below 1: got 1.5."),
@@ -178,6 +184,18 @@ def test_what_is_not_installed_is_told_before_training(train, monkeypatch, capsy
         'emma-hf: Plots need matplotlib: install it with `pip install "emma-hf[train]"`.'
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_skipped_rows_of_the_evaluation_are_named_once(train, caplog, tmp_path):
+    """Whether they are evaluated during training or after it alone."""
+    rows = json.loads(save_rows(tmp_path / "eval.json").read_text())
+    rows[0]["image"] = "none.jpg"
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    for strategy in ("epoch", "no"):
+        more = ["--eval_data", str(tmp_path / "eval.json"), "--on_error", "skip", "--eval_strategy", strategy]
+        assert train("finetune", "--output_dir", str(tmp_path / strategy), *more, *options(1, 1e-4)) == 0
+        assert caplog.text.count("rows were skipped") == 1
+        caplog.clear()
 
 
 def test_the_result_can_be_pushed(train, monkeypatch):
@@ -221,7 +239,10 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named_and_of_its_stage_alone(
     assert sorted(set(steps)) == [0, 1, 2]
     assert steps.count(1) == 2 * steps.count(0)
     assert train("finetune", *options(3, 1e-4), *saving) == 2
-    assert re.search(r"of its own stage: .* is of pretrain, this one is finetune\.", capsys.readouterr().err)
+    mistake = r"of its own stage: .* is of pretrain, this one is finetune\. "
+    assert re.search(mistake + "Name another `--output_dir`", capsys.readouterr().err)
+    assert train("finetune", "--output_dir", str(tmp_path / "new"), *options(3, 1e-4), *saving, *named) == 2
+    assert re.search(mistake + "Pass it as `--model`", capsys.readouterr().err)
 
 
 def test_another_sampling_needs_the_own_one_off(tmp_path):

@@ -78,7 +78,7 @@ def test_two_processes_have_the_curve_of_one(options, tmp_path, stage, rows_at_o
         again = run_processes(*TRAIN, *options(two, stage, rows_at_once), "--use_cpu")
         assert again.returncode == 0, again.stderr
         assert "it holds the random states of 1 of 2 processes" in again.stderr
-        assert (two / "incomplete-checkpoint-6").is_dir()
+        assert (two / "_incomplete-checkpoint-6").is_dir()
         assert_same_run(one, two, weights)
 
 

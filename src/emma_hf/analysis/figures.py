@@ -264,8 +264,8 @@ def draw_instruction_length(canvas: Canvas, result: dict[str, Any]) -> None:
 def draw_example(canvas: Canvas, result: dict[str, Any], example: dict[str, Any], image: Any) -> None:
     """Where one question moved the visual tokens of its image, where another does, and which words do it."""
     one, two, three, four = canvas.axes(1, 4, width_ratios=(1, 1.15, 1.15, 1.3))
-    # Of grayscale images alone; they would be drawn in false colors.
-    one.imshow(image, cmap="gray")
+    # Of grayscale images alone; they would be drawn in false colors, and stretched from black to white.
+    one.imshow(image, cmap="gray", vmin=0, vmax=255)
     one.set(xticks=[], yticks=[], title="Image")
     own, side = on_grid(example["map"], result)
     other, _ = on_grid(example["other_map"], result)

@@ -260,11 +260,12 @@ class ChatDataset(TrainingDataset):
         # A `datasets.Dataset` decodes the images of each row that it returns; its Arrow view does not.
         if getattr(self.rows, "format", {"type": "none"})["type"] is not None:
             return self.row
-        # Where the parts of messages differ in their keys, it has them as text.
-        if "Json(" in repr(self.rows.features):
-            return self.row
         arrow = self.rows.with_format("arrow")
-        return lambda index: arrow[index].to_pylist()[0]
+        if "Json(" not in repr(self.rows.features.get("messages")):
+            return lambda index: arrow[index].to_pylist()[0]
+        # Where the parts of messages differ in their keys, Arrow has them as text.
+        messages = self.rows.select_columns("messages")
+        return lambda index: {**arrow[index].to_pylist()[0], **messages[index]}
 
     def _read(self, row: Any) -> tuple[list[dict[str, str]], list[Any]]:
         if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list):

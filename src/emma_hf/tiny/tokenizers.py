@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
     """A sentencepiece model with Llama's settings."""
     import sentencepiece
 
+    model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=PROMPT_VOCABULARY,
         character_coverage=1.0,
@@ -79,7 +81,7 @@ def _learn_prompt_tokenizer(texts: list[str], folder: Path) -> Any:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     values = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "pad_token": "<unk>", "unk_token": "<unk>"}
     values |= {"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))

@@ -22,9 +22,9 @@ class IncompleteCheckpointCallback(TrainerCallback, ExportableState):
     """Let `Trainer` resume from the last complete checkpoint.
 
     `Trainer` writes a checkpoint in place and resumes from the one of the highest step, complete or not. A trainer
-    with this callback renames incomplete checkpoints in its output folder to `incomplete-checkpoint-…` when it is
-    created, so that `trainer.train(resume_from_checkpoint=True)` finds the last complete one. A script that names the
-    checkpoint itself calls [`last_complete_checkpoint`].
+    with this callback renames incomplete checkpoints in its output folder to `_incomplete-checkpoint-…`, a name that is
+    not uploaded, when it is created, so that `trainer.train(resume_from_checkpoint=True)` finds the last complete one.
+    A script that names the checkpoint itself calls [`last_complete_checkpoint`].
 
     Args:
         stage: name of what is trained, for [`stage_of_checkpoint`].
@@ -91,6 +91,9 @@ def why_incomplete(folder: Path) -> str | None:
     broken = [path for path in [folder / TRAINER_STATE, *files] if not _is_readable(path)]
     if broken:
         return f"{broken[0].relative_to(folder)} is missing or cut off"
+    # A file of `Trainer`, FSDP's file or folder, or DeepSpeed's folder.
+    if not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
+        return "it holds no state of the optimizer"
     processes = _callback_state(folder).get("attributes", {}).get("processes", 1)
     # Other processes may still have been writing when the first one had finished.
     states = len(list(folder.glob("rng_state_*.pth")))
@@ -116,10 +119,10 @@ def _is_readable(path: Path) -> bool:
 
 
 def _rename_incomplete(folder: Path, reason: str) -> None:
-    target = folder.with_name(f"incomplete-{folder.name}")
+    target = folder.with_name(f"_incomplete-{folder.name}")
     number = 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"incomplete-{folder.name}-{number}")
+        target = folder.with_name(f"_incomplete-{folder.name}-{number}")
     folder.rename(target)
     logger.warning(f"{folder} was not written to its end ({reason}); renamed to {target.name}. Delete it at will.")

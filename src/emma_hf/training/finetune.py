@@ -9,6 +9,7 @@ checkpoint. Every argument of `TrainingArguments` is an option.
 
 import os
 import pickle
+import shutil
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,12 @@ from ..model.errors_emma import EmmaError
 from ..model.modeling_emma import EmmaForConditionalGeneration, is_sharded
 from ..model.processing_emma import EmmaProcessor
 from .callbacks import SampleAnswersCallback, report_skipped_rows
-from .checkpoints import IncompleteCheckpointCallback, last_complete_checkpoint, stage_of_checkpoint
+from .checkpoints import (
+    IncompleteCheckpointCallback,
+    last_complete_checkpoint,
+    stage_of_checkpoint,
+    why_incomplete,
+)
 from .plots import figure_class, plot_loss
 from .stages import STAGES, prepare, stage_of
 from .trainer import EmmaTrainer
@@ -90,7 +96,7 @@ def main(arguments: list[str]) -> None:
         trainer.add_callback(SampleAnswersCallback(eval_data, processor, script.sample_answers))
     checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(args.output_dir)
     if checkpoint is not None:
-        _check_checkpoint(checkpoint, script.stage)
+        _check_checkpoint(Path(checkpoint), script.stage, is_named=args.resume_from_checkpoint is not None)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
@@ -101,8 +107,15 @@ def main(arguments: list[str]) -> None:
         ) from error
 
     if eval_data is not None:
+        # Those of evaluations during training are reported at its end.
+        known = eval_data.skipped_rows
         trainer.save_metrics("eval", trainer.evaluate())
-        report_skipped_rows(eval_data)
+        if eval_data.skipped_rows != known:
+            report_skipped_rows(eval_data)
+    merged = Path(args.output_dir) / "merged"
+    if trainer.is_world_process_zero():
+        # Of an earlier start. `save_model` pushes the whole folder.
+        shutil.rmtree(merged, ignore_errors=True)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -111,10 +124,10 @@ def main(arguments: list[str]) -> None:
     if args.push_to_hub:
         trainer.push_to_hub()
     if script.stage == "lora" and trainer.is_world_process_zero():
-        _save_merged(trainer, processor)
+        _save_merged(trainer, processor, merged)
 
 
-def _save_merged(trainer: EmmaTrainer, processor: EmmaProcessor) -> None:
+def _save_merged(trainer: EmmaTrainer, processor: EmmaProcessor, folder: Path) -> None:
     """Save the model with its adapter merged in, where one process has all of its weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if any(map(is_sharded, model.parameters())):
@@ -123,20 +136,27 @@ def _save_merged(trainer: EmmaTrainer, processor: EmmaProcessor) -> None:
             "it in one: `PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(MERGED)`."
         )
         return
-    merged = Path(trainer.args.output_dir) / "merged"
-    model.merge_and_unload().save_pretrained(merged)
-    processor.save_pretrained(merged)
+    model.merge_and_unload().save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
-def _check_checkpoint(folder: str, stage: str) -> None:
-    """Refuse a checkpoint that does not exist, or of another stage."""
-    if not Path(folder).is_dir():
+def _check_checkpoint(folder: Path, stage: str, is_named: bool) -> None:
+    """Refuse a checkpoint that does not exist, is incomplete, or of another stage."""
+    if not folder.is_dir():
         raise EmmaError(f"`--resume_from_checkpoint` must be the folder of a checkpoint: there is none at {folder}.")
+    reason = why_incomplete(folder)
+    if reason is not None:
+        raise EmmaError(
+            f"`--resume_from_checkpoint` must be a complete checkpoint: of {folder}, {reason}. To begin with its "
+            "weights alone, pass it as `--model`."
+        )
     begun = stage_of_checkpoint(folder)
     if begun not in (None, stage):
+        remedy = (
+            "Pass it as `--model`, without `--resume_from_checkpoint`." if is_named else "Name another `--output_dir`."
+        )
         raise EmmaError(
-            f"A run goes on from checkpoints of its own stage: {folder} is of {begun}, this one is {stage}. Name "
-            "another `--output_dir`."
+            f"A run goes on from checkpoints of its own stage: {folder} is of {begun}, this one is {stage}. {remedy}"
         )
 
 
@@ -196,10 +216,11 @@ def _check_options(given: Namespace) -> None:
     if not 0 <= given.lora_dropout < 1:
         raise EmmaError(f"`--lora_dropout` must be at least 0 and below 1: got {given.lora_dropout}.")
     # Options of Transformers 5, and then of 4.
-    strategy = getattr(given, "train_sampling_strategy", "random")
-    is_sampled = strategy != "random" or getattr(given, "group_by_length", False)
+    sampling = getattr(given, "train_sampling_strategy", "random")
+    is_sampled = sampling != "random" or getattr(given, "group_by_length", False)
     is_overwritten = getattr(given, "overwrite_output_dir", False)
-    is_evaluated = str(getattr(given.eval_strategy, "value", given.eval_strategy)) != "no"
+    strategy = str(getattr(given.eval_strategy, "value", given.eval_strategy))
+    is_evaluated = strategy != "no" or given.eval_on_start
     refused = [
         (
             is_overwritten,
@@ -211,7 +232,7 @@ def _check_options(given: Namespace) -> None:
         ),
         (
             is_evaluated and not given.eval_data,
-            "`--eval_strategy` needs rows to evaluate on. Name them by `--eval_data`.",
+            "`--eval_strategy` and `--eval_on_start` need rows to evaluate on. Name them by `--eval_data`.",
         ),
         (
             is_sampled and given.group_by_modality,

@@ -97,6 +97,9 @@ def test_named_images_are_questions_where_there_is_no_file(here, monkeypatch, ca
         (["--dtype", "int"], "must be auto, float32, float16 or bfloat16: got 'int'"),
         (["--output", "model"], "OUTPUT must not exist yet: model does"),
         (["none"], "neither a folder nor a Hub id"),
+        # Where no scenes are drawn, any seed will do.
+        (["none", "0.png", "Who?", "0.png", "Where?", "--seed", "50"], "neither a folder nor a Hub id"),
+        (["--seed", "50"], "`--seed` of scenes must be 0 to 49: got 50"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(here, capfd, arguments, message):

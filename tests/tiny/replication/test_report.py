@@ -108,8 +108,23 @@ def test_what_was_added_afterwards_is_apart(tmp_path):
     # Rows of another rate neither join the stated comparison nor its correction.
     (stated,) = [row for row in alone.splitlines() if "(primary)" in row]
     assert stated in text
-    (added,) = [row for row in text.splitlines() if row.startswith(f"| C - D, rate 3 | {FEW} | 1 |")]
+    (added,) = [row for row in text.splitlines() if row.startswith(f"| C - D, rate 3, seeds 0 to 1 | {FEW} | 1 |")]
     assert added.endswith("| exploratory |")
+
+
+def test_a_second_experiment_has_its_own_seeds_and_correction(tmp_path):
+    lines = [
+        line(arm, seed, right, rate=3.0) for arm, right in (("C", 0.7), ("D", 0.65), ("E", 0.6)) for seed in range(8)
+    ]
+    lines += [line(arm, 0, 0.7) for arm in "CDE"]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    text = write_report(tmp_path / "results.jsonl", tmp_path)
+    rows = [row.split(" | ") for row in text.splitlines() if ", rate 3, seeds 2 to 7 |" in row]
+    alone = [each for each in lines if each["seed"] >= 2]
+    expected = [compare(alone, Comparison(("C", "as trained"), (arm, "as trained"), FEW, rate=3.0)) for arm in "DE"]
+    assert [row[2] for row in rows] == ["6", "6"]
+    assert [row[3].split()[0] for row in rows] == [f"{figures['difference']:+.1f}" for figures in expected]
+    assert [row[6].split()[0] for row in rows] == [f"{p:.4f}" for p in holm([figures["p"] for figures in expected])]
 
 
 def test_the_page_shows_what_its_results_say(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from emma_hf import EMMA_TINY, EmmaProcessor
 from emma_hf.cli import main
+from emma_hf.evaluation.model_identity import model_hash
 from emma_hf.tiny.questions import Question
 from emma_hf.tiny.replication import running
 from emma_hf.tiny.replication.arms import ALL, ARMS, FEW, ReplicationModel, Row
@@ -72,8 +73,11 @@ def test_two_rows_are_trained_measured_and_kept(toy_run):
 
 def test_a_row_again_gives_the_same_numbers(toy_run, tmp_path):
     rows, folder, lines = toy_run
-    (again,) = replicate(rows[:1], tmp_path / "results.jsonl", folder / "work", TOY)
+    # Named twice, it runs once.
+    (again,) = replicate([rows[0], rows[0]], tmp_path / "results.jsonl", folder / "work", TOY)
     assert (again["loss"], again["hits"]) == (lines[0]["loss"], lines[0]["hits"])
+    # What is kept of emma-tiny's towers is kept by its weights.
+    assert [path.name for path in (folder / "work").iterdir()] == [model_hash(EMMA_TINY)]
 
 
 @pytest.mark.parametrize(("fast", "trained"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -94,7 +98,7 @@ def test_training_uses_bfloat16_where_it_is_fast_and_the_test_never(fast, traine
 
 def test_rows_that_are_done_are_left_out_and_another_budget_is_refused(toy_run):
     rows, folder, _ = toy_run
-    assert replicate([*rows, *rows], folder / "results.jsonl", folder / "work", TOY) == []
+    assert replicate(rows, folder / "results.jsonl", folder / "work", TOY) == []
     with pytest.raises(ValueError, match=r"must be of one budget: row C-k1-d2-s0-r1-w3 has .*'scenes': 4.*'scenes': 5"):
         replicate([Row.of("A", FEW, 9)], folder / "results.jsonl", folder / "work", replace(TOY, scenes=5))
 

@@ -62,7 +62,8 @@ def _check(args: argparse.Namespace) -> None:
             raise EmmaError(f"A question must have words: got {question!r}.")
     if args.max_new_tokens < 1:
         raise EmmaError(f"`--max-new-tokens` must be at least 1: got {args.max_new_tokens}.")
-    if args.questions is None and not 0 <= args.seed <= LAST_EVALUATION_SEED:
+    draws_scenes = args.questions is None and args.model == str(EMMA_TINY)
+    if draws_scenes and not 0 <= args.seed <= LAST_EVALUATION_SEED:
         raise EmmaError(f"`--seed` of scenes must be 0 to {LAST_EVALUATION_SEED}: got {args.seed}.")
     if args.count is not None and args.count < 2:
         raise EmmaError(f"`--count` must be at least 2, as questions are compared: got {args.count}.")

@@ -11,8 +11,9 @@ from .loading_arguments import add_visual_tokens, check_visual_tokens
 
 # Pixels. Drawing takes about 20 bytes for each of the pixels: 0.3 GB for the largest.
 SMALLEST_SIDE, LARGEST_SIDE = 16, 4096
-# numpy takes no larger seed. Scenes of a later evaluation are those of the replication, and then of training's curve.
-LAST_TRAINING_SEED, LAST_EVALUATION_SEED = 2**32 - 1, 49
+# CLIP's scenes of a later training are those of the next phase, and scenes of a later evaluation those of the
+# replication, and then of training's curve.
+LAST_TRAINING_SEED, LAST_EVALUATION_SEED = 3471, 49
 REPLICATION = "docs/replication"
 
 

@@ -10,7 +10,7 @@ def parse_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that an answer names.
 
     In this order: the letter alone, with or without brackets or a mark after it; a letter with a mark at the start
-    ("B. a dog", "(B) a dog"); the one letter that "answer is" or "option" names (a small one, which could be an
+    ("B. a dog", "(B) a dog"); the one letter that "answer is" or "option" names (a small "a", which could be an
     article, where a mark or the end follows); the text of one option.
 
     Args:
@@ -23,7 +23,8 @@ def parse_letter(answer: str, options: Mapping[str, str]) -> str | None:
         found = re.fullmatch(pattern, answer, re.IGNORECASE | re.DOTALL)
         if found:
             return next(group for group in found.groups() if group).upper()
-    letter = rf"[{letters}]\b|[{letters.lower()}](?=\s*(?:[).,:]|$))"
+    article = r"a\b(?![ \t]*(?:[).,:;!?\n]|[-–]\s|$))"
+    letter = rf"(?!{article})[{letters}{letters.lower()}]\b"
     named = re.findall(rf"(?i:answer is|answer:|option)\s*:?\s*\(?({letter})", answer)
     if len({letter.upper() for letter in named}) == 1:
         return named[0].upper()
