@@ -106,7 +106,7 @@ def test_an_image_processor_that_does_not_say_pads(converted, folder):
 def test_fewer_visual_tokens_do_not_go_back(values, clip, folder):
     config = config_from_authors(values, clip)
     config.visual_tokens = 8
-    with pytest.raises(EmmaError, match="keeps all visual tokens: got `visual_tokens` 8. Remove it"):
+    with pytest.raises(EmmaError, match="got `visual_tokens` 8. Remove it and `image_seq_length` from"):
         config_to_authors(config, folder)
 
 

@@ -94,6 +94,7 @@ def test_a_card_that_cannot_be_read_and_a_link_to_itself_are_named(exported, tmp
     (folder / "README.md").write_text("---\ntags: [emma\n---\n")
     (folder / "handler.py").unlink()
     (folder / "handler.py").symlink_to("handler.py")
+    (folder / "notes.txt").symlink_to("nowhere")
     wrong = failures_of(check(folder))
     assert "README.md must be YAML that the Hub reads" in wrong["card"]
     assert "handler.py" in wrong

@@ -86,7 +86,7 @@ def test_what_5_saves_of_rotary_embeddings_is_read_by_4_57():
         assert config.rope_scaling["factor"] == 2.0
     assert "rope_parameters" in values
     default = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
-    expected = default if TRANSFORMERS_5 else {"rope_theta": 5e5}
+    expected = default if TRANSFORMERS_5 else {"rope_theta": 5e5, "rope_scaling": None}
     assert text_config_from_dict(default) == expected
 
 
@@ -102,9 +102,9 @@ def test_4_57_reads_rotary_embeddings_by_kind_of_layer_and_of_a_share():
         ({"model_type": "gemma3_text", "rope_parameters": both},
          {"rope_theta": 7e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}),
         ({"model_type": "olmo3", "rope_parameters": alike}, {"rope_theta": 7e5, "rope_scaling": scaling}),
-        ({"model_type": "glm4", "rope_parameters": part}, {"rope_theta": 3e3, "partial_rotary_factor": 0.5}),
+        ({"model_type": "glm4", "rope_parameters": part}, {"rope_theta": 3e3, "partial_rotary_factor": 0.5, "rope_scaling": None}),
         ({"model_type": "gpt_neox", "rope_parameters": part},
-         {"rope_theta": 3e3, "rotary_emb_base": 3e3, "rotary_pct": 0.5}),
+         {"rope_theta": 3e3, "rotary_emb_base": 3e3, "rotary_pct": 0.5, "rope_scaling": None}),
     ):  # fmt: skip
         read = text_config_from_dict(values)
         assert read == (values if TRANSFORMERS_5 else {"model_type": values["model_type"], **expected})
@@ -118,13 +118,30 @@ def test_4_57_reads_rotary_embeddings_by_kind_of_layer_and_of_a_share():
             text_config_from_dict(unlike)
 
 
+def test_4_57_does_not_scale_what_5_does_not_and_refuses_what_it_cannot():
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    # Its own default is a scaled one.
+    config = EmmaConfig(text_config={"model_type": "gpt_oss", "rope_parameters": plain}).text_config
+    if TRANSFORMERS_5:
+        assert config.rope_parameters == plain
+    else:
+        assert config.rope_scaling is None
+    scaled = {"model_type": "olmo2", "rope_parameters": {**plain, "rope_type": "linear", "factor": 2.0}}
+    if TRANSFORMERS_5:
+        assert text_config_from_dict(scaled) == scaled
+    else:
+        with pytest.raises(EmmaError, match="does not scale the rotary embeddings of 'olmo2' so: got .*Use Transform"):
+            text_config_from_dict(scaled)
+
+
 def test_a_save_that_is_pushed_writes_all_files_and_pushes_them(tmp_path, monkeypatch):
     pushed = []
     for kind in (EmmaConfig, EmmaImageProcessor):
         monkeypatch.setattr(kind, "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs)))
     EmmaConfig().save_pretrained(tmp_path / "one", push_to_hub=True, repo_id="me/it", private=True)
     EmmaImageProcessor().save_pretrained(tmp_path / "two", push_to_hub=True)
-    assert pushed == [(("me/it",), {"private": True}), (("two",), {})]
+    place = {} if TRANSFORMERS_5 else {"use_temp_dir": True}
+    assert pushed == [(("me/it",), {"private": True, **place}), (("two",), place)]
     for folder, name in (("one", "config.json"), ("two", "preprocessor_config.json")):
         assert (tmp_path / folder / name).is_file()
         assert (tmp_path / folder / "modeling_emma.py").is_file()

@@ -70,8 +70,8 @@ def config_to_authors(config: EmmaConfig, folder: Path) -> dict[str, Any]:
     text = config.text_config
     if config.visual_tokens is not None:
         raise EmmaError(
-            f"The authors' code keeps all visual tokens: got `visual_tokens` {config.visual_tokens}. Remove it from "
-            "config.json first."
+            f"The authors' code keeps all visual tokens: got `visual_tokens` {config.visual_tokens}. Remove it and "
+            "`image_seq_length` from config.json first."
         )
     if text.model_type not in LANGUAGE_MODELS.values():
         raise EmmaError(

@@ -201,12 +201,12 @@ def reverse(
     with new_folder(output) as folder, damaged_files_named(source):
         source = resolve(source, CONVERTED_FILES)
         config, tensors = _read_converted(source)
+        config.dtype = dtype or config.dtype
+        write_json(folder / "config.json", config_to_authors(config, source))
         tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
         write_shards(folder, select_and_rename(tensors, REVERSE_LANGUAGE_MODEL_KEYS), limit, progress)
         fusion = select_and_rename(tensors, REVERSE_FUSION_KEYS)
         torch.save({name: tensor.load() for name, tensor in fusion.items()}, folder / "vision_tower.bin")
-        config.dtype = dtype or config.dtype
-        write_json(folder / "config.json", config_to_authors(config, source))
         write_authors_tokenizers(source, folder)
         (folder / "clip").mkdir()
         write_safetensors(folder / "clip" / "model.safetensors", select_and_rename(tensors, REVERSE_CLIP_KEYS))

@@ -145,7 +145,7 @@ def _check_files(report: Report, folder: Path, remote: dict[str, Any] | None) ->
                 problems.append("the Hub says another hash")
             report.add(name, "; ".join(problems), "ok", size, sha256)
     for name in sorted(names - expected - {MANIFEST_NAME}):
-        report.add(name, "", "not in the manifest: would not be pushed", (folder / name).stat().st_size)
+        report.add(name, "", "not in the manifest: would not be pushed", (folder / name).lstat().st_size)
 
 
 def _differences(entry: dict[str, Any] | None, size: int, sha256: str) -> list[str]:

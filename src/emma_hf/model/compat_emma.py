@@ -5,6 +5,7 @@ The package runs on Transformers 4.57 and 5.x. Everything else in it is written 
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from .errors_emma import EmmaError
 NEWEST_TESTED_TRANSFORMERS = "5.24"
 # Of each major version.
 OLDEST_TESTED_TRANSFORMERS = {4: "4.57.6", 5: "5.16.1"}
+# Language models whose scaled rotary embeddings 4.57 ignores, or wants in another form.
+UNSCALED_BEFORE_5 = ("nemotron", "olmo", "olmo2", "phi3", "phi4_multimodal")
 
 
 def untested_warning(version: str) -> str | None:
@@ -117,7 +120,7 @@ def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
     run with the default base. Goes with 4.57.
 
     Raises:
-        EmmaError: rotary values by kind of layer that 4.57 has no names for.
+        EmmaError: rotary values that 4.57 has no names for.
     """
     values = dict(values)
     rope = values.get("rope_parameters")
@@ -134,9 +137,28 @@ def text_config_from_dict(values: dict[str, Any]) -> dict[str, Any]:
     elif share is not None:
         values.setdefault("partial_rotary_factor", share)
     values.setdefault("rope_theta", theta)
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") == "default":
+        # Some models are scaled by default.
+        values.setdefault("rope_scaling", None)
+    elif values.get("model_type") in UNSCALED_BEFORE_5:
+        raise EmmaError(
+            f"Transformers 4.57 does not scale the rotary embeddings of {values['model_type']!r} so: got "
+            f"`rope_parameters` {rope}. Use Transformers 5."
+        )
+    else:
         values.setdefault("rope_scaling", rope)
     return values
+
+
+def push_saved(saved: Any, folder: str | os.PathLike, options: dict[str, Any]) -> Any:
+    """What `save_pretrained(push_to_hub=True)` does after `saved` has been written into `folder`.
+
+    4.57 takes a folder of the repository's name in the working directory, where there is one, and pushes no more of it
+    than what changes at its top. The default goes with 4.57.
+    """
+    if not TRANSFORMERS_5:
+        options.setdefault("use_temp_dir", True)
+    return saved.push_to_hub(options.pop("repo_id", Path(folder).name), **options)
 
 
 def _rope_of_full_attention(values: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:

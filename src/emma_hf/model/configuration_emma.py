@@ -3,7 +3,6 @@
 import difflib
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, CLIPVisionConfig
@@ -11,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from .code_files_emma import AUTO_MAP, copy_code_files
-from .compat_emma import text_config_from_dict, ties_word_embeddings
+from .compat_emma import push_saved, text_config_from_dict, ties_word_embeddings
 from .errors_emma import EmmaError
 from .language_models_emma import check_language_model
 from .token_selection_emma import TOKEN_SELECTIONS, check_visual_tokens
@@ -235,7 +234,7 @@ class EmmaConfig(PretrainedConfig):
         copy_code_files(save_directory)
         saved = super().save_pretrained(save_directory, **kwargs)
         # The base class pushes what it wrote itself, and thus no code files.
-        return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs) if push_to_hub else saved
+        return push_saved(self, save_directory, kwargs) if push_to_hub else saved
 
     def _validate(self) -> None:
         _one_of("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))

@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, load_image
 
 from .code_files_emma import AUTO_MAP, copy_code_files
+from .compat_emma import push_saved
 from .errors_emma import EmmaError
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class EmmaImageProcessor(BaseImageProcessor):
         copy_code_files(save_directory)
         saved = super().save_pretrained(save_directory, **kwargs)
         # The base class pushes what it wrote itself, and thus no code files.
-        return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs) if push_to_hub else saved
+        return push_saved(self, save_directory, kwargs) if push_to_hub else saved
 
     def _known(self, overrides: dict[str, Any]) -> dict[str, Any]:
         known = {}

@@ -737,8 +737,7 @@ class EmmaForConditionalGeneration(EmmaPreTrainedModel, GenerationMixin):
             return {}
         in_step = ((step_ids == self.config.image_token_index).sum(-1) // length).tolist()
         in_all = ((input_ids == self.config.image_token_index).sum(-1) // length).tolist()
-        is_decoding = step_ids.shape[1] == 1 and not any(in_step)
-        if is_decoding and cache is not None and cache.get_seq_length() >= input_ids.shape[1]:
+        if not any(in_step) and cache is not None and cache.get_seq_length() >= input_ids.shape[1]:
             # The prompt was embeddings: its images are in the cache, and its placeholders are not in `input_ids`.
             return {}
         given = next(iter(images.values())).shape[0]

@@ -22,6 +22,7 @@ from .compat_emma import (
     make_tokenizer_config_portable,
     only_primary_attributes,
     pass_keywords_in_pipelines,
+    push_saved,
     silence_padding_advice,
     warn_of_too_long_prompt,
 )
@@ -201,6 +202,10 @@ class EmmaProcessor(ProcessorMixin):
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         # Keywords of the prompt that Transformers 5.24 moves out of `text_kwargs`, and copies into it until 5.29.
         text_kwargs.update({name: merged[name] for name in PROMPT_KWARGS if name in merged})
+        given = {**(kwargs.get("text_kwargs") or {}), **kwargs}
+        if given.get("max_length") is not None and text_kwargs.get("truncation") is None:
+            # A length alone truncates, as in Transformers' tokenizers; not one that the tokenizer was saved with.
+            text_kwargs["truncation"] = not text_kwargs.get("padding")
         images_kwargs.pop("return_tensors", None)
         return text_kwargs, images_kwargs, text_kwargs.pop("return_tensors", None)
 
@@ -351,9 +356,6 @@ class EmmaProcessor(ProcessorMixin):
         verbose: bool = True,
         **ignored: Any,
     ) -> dict[str, Any]:
-        if truncation is None and max_length is not None and padding is False:
-            # As in Transformers' tokenizers.
-            truncation = True
         encoded = [self.encode_prompt(prompt, add_special_tokens) for prompt in prompts]
         if not truncation:
             for ids, _ in encoded:
@@ -524,7 +526,7 @@ class EmmaProcessor(ProcessorMixin):
         (second / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}) + "\n", encoding="utf-8")
         make_tokenizer_config_portable(folder, self.tokenizer)
         make_tokenizer_config_portable(second, self.instruction_tokenizer)
-        return self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs) if push_to_hub else files
+        return push_saved(self, folder, kwargs) if push_to_hub else files
 
 
 __all__ = ["EmmaProcessor"]

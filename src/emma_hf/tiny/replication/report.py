@@ -205,7 +205,7 @@ def _table_of_rows(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) -> str:
-    adjusted = {}
+    adjusted: dict[Comparison, str] = {}
     # Each experiment has its own correction.
     for seeds in (None, SECOND_SEEDS):
         stated = [found for found in present if not found[0].exploratory and found[0].seeds == seeds]
