@@ -209,8 +209,8 @@ def _table_of_comparisons(present: Sequence[tuple[Comparison, dict[str, Any]]]) 
     # Each experiment has its own correction.
     for seeds in (None, SECOND_SEEDS):
         stated = [found for found in present if not found[0].exploratory and found[0].seeds == seeds]
-        corrected = holm([figures["p"] for _, figures in stated])
-        adjusted |= {comparison: f"{p:.4f}" for (comparison, _), p in zip(stated, corrected)}
+        p_values = holm([figures["p"] for _, figures in stated])
+        adjusted |= {comparison: f"{p:.4f}" for (comparison, _), p in zip(stated, p_values)}
     lines = [
         "| comparison | task | seeds | difference in points [95%] | effect size over seeds | p | p (Holm) |",
         "|---|---|---|---|---|---|---|",
