@@ -303,6 +303,8 @@ def test_wrong_arguments_are_named(authors, tmp_path, converted):
         converted_from(authors, tmp_path / "out", dtype="int8")
     with pytest.raises(ValueError, match="must be positive, such as 5GB or 256MB: got 'much'"):
         converted_from(authors, tmp_path / "out", max_shard_size="much")
+    with pytest.raises(ValueError, match="is a model of this package already. The other direction is `--reverse`"):
+        convert(converted, tmp_path / "out")
     with pytest.raises(ValueError, match=r"starts from a model of this package .*'llava_llama'"):
         reverse(authors, tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="must be a checkpoint of model_type 'clip'"):

@@ -35,6 +35,19 @@ def test_each_turn_answers_as_without_a_cache(model, processor, photo, prompt_le
     assert cached[4] < cached[5] / 2
 
 
+def test_a_conversation_leaves_room_for_an_answer(model, processor, photo):
+    positions = model.config.position_count
+    chat = Chat(model, processor, [str(photo)])
+    with pytest.raises(EmmaError, match=rf"in the model's {positions} positions: got \d+ tokens. Shorten the question"):
+        chat.answer("why " * positions, max_new_tokens=4)
+    assert chat.messages == []
+
+
+def test_images_are_a_list(model, processor):
+    with pytest.raises(EmmaError, match="`images` must be a list of images: got str. Put it into a list."):
+        Chat(model, processor, "scene.png")
+
+
 def test_an_answer_that_breaks_off_leaves_nothing_behind(model, processor, photo):
     class Stopping:
         calls = 0

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from emma_hf import EmmaError, HubError
+from emma_hf import EMMA_TINY, EmmaError, HubError
 from emma_hf.storage.hub_access import hub_errors, parse_repo_id, resolve
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path):
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
+    assert resolve("emma-tiny") == EMMA_TINY
     with pytest.raises(EmmaError, match=f"A folder has no revisions: got 'main' with {tmp_path}. Leave `revision` out"):
         resolve(tmp_path, revision="main")
 
@@ -65,7 +66,11 @@ class ConnectTimeout(Exception):  # noqa: N818 - the name of httpx's own
         (refused(errors.GatedRepoError, 403), HubError, "org/name is gated: ask for access on its page"),
         (refused(errors.RepositoryNotFoundError, 401), FileNotFoundError, "The Hub shows no repository org/name"),
         (errors.HFValidationError("two words"), EmmaError, r"named like org/name: got 'org/name' \(two words\)"),
-        (refused(errors.LocalEntryNotFoundError), HubError, "cannot be reached to read org/name .*Check the network"),
+        (
+            refused(errors.LocalEntryNotFoundError),
+            HubError,
+            "cannot be reached to read org/name .*Check the network.*If you meant a folder: there is none",
+        ),
         (refused(errors.EntryNotFoundError, 404), FileNotFoundError, r"org/name lacks a file that was asked for"),
         (errors.OfflineModeIsEnabled("offline"), HubError, "while HF_HUB_OFFLINE is set. Unset it"),
         (refused(errors.HfHubHTTPError, 401), HubError, r"does not accept the token \(401\).* may read org/name"),

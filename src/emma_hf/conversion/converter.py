@@ -140,6 +140,11 @@ def _write_converted(
 ) -> None:
     source = resolve(source, CONVERTED_FILES)
     authors = read_json(source / "config.json")
+    if authors.get("model_type") == EmmaConfig.model_type:
+        raise EmmaError(
+            f"`convert` starts from the authors' checkpoint: {source} is a model of this package already. The other "
+            "direction is `--reverse`."
+        )
     # Towers that were trained lie where `reverse` wrote them.
     own = source / "clip" if (source / "clip" / "config.json").is_file() else None
     clip = resolve(clip or own or authors.get("mm_vision_tower") or DEFAULT_CLIP, CONVERTED_FILES)

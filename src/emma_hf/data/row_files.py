@@ -81,7 +81,9 @@ def _spans_of_list(path: Path) -> array:
     except EmmaError:
         raise
     except (ValueError, IndexError, RecursionError) as error:
-        raise EmmaError(f"{path} must hold a JSON list of rows ({error}). Is it complete?") from error
+        raise EmmaError(
+            f"{path} must hold a JSON list of rows ({error}). Is it complete? Name JSON lines .jsonl."
+        ) from error
     if _after_blank(text, index + 1) != len(text):
         raise EmmaError(
             f"{path} must hold one JSON list of rows: more follows its end at character {index + 1}. Write all rows "

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .. import EMMA_TINY
 from ..inference import answer, load_model
 from ..model.code_files_emma import AUTO_MAP, copy_code_files
 from ..model.configuration_emma import EmmaConfig
@@ -97,8 +96,7 @@ def export(
 
 def _resolve_model(model: str | Path) -> tuple[Path, Path | None]:
     """Folder of a model, and the cache folder that its links may lead to."""
-    is_packaged = str(model) == EMMA_TINY.name and not Path(model).is_dir()
-    folder = EMMA_TINY if is_packaged else resolve(model, SOURCE_FILES)
+    folder = resolve(model, SOURCE_FILES)
     # A snapshot in the cache of the Hub's library consists of links to its blobs.
     blobs = folder.resolve().parents[1] / "blobs" if folder.resolve().parent.name == "snapshots" else None
     return folder, blobs

@@ -20,6 +20,9 @@ class Chat:
         processor: its processor.
         images: images that the first question is about; anything that the processor takes.
         instruction: text that guides the visual tokens. Default: the first question.
+
+    Raises:
+        EmmaError: one image instead of a list.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class Chat:
         images: Sequence[Any],
         instruction: str | None = None,
     ) -> None:
+        if isinstance(images, (str, bytes)):
+            raise EmmaError(f"`images` must be a list of images: got {type(images).__name__}. Put it into a list.")
         self.model, self.processor = model, processor
         self.images, self.instruction = list(images), instruction
         self.image_encoding: EmmaImageEncoding | None = None
@@ -57,7 +62,7 @@ class Chat:
             The answer, without white space around it.
 
         Raises:
-            EmmaError: a question without text.
+            EmmaError: a question without text, or a conversation that leaves no position for an answer.
         """
         if not question.strip():
             raise EmmaError(f"A question must have words: got {question!r}.")
@@ -67,6 +72,11 @@ class Chat:
         instructions = self._instructions(messages)
         inputs = self._inputs(messages, instructions)
         ids = inputs["input_ids"][0].tolist()
+        if len(ids) >= self.model.config.position_count:
+            raise EmmaError(
+                f"A conversation must leave room for an answer in the model's {self.model.config.position_count} "
+                f"positions: got {len(ids)} tokens. Shorten the question, or start over."
+            )
         # `generate` lets the cache grow: of an answer that breaks off nothing must be kept.
         cache, self.cache = self.cache, None
         if instructions != self.cached_instructions:

@@ -35,8 +35,8 @@ def load_model(
     A Hub repository is looked up once: without a network, what the cache holds is loaded at once.
 
     Args:
-        source: folder of a converted model, or Hub id (`org/name`).
-        device: such as `cpu` or `cuda:1`. Default: the fastest of this machine.
+        source: folder of a converted model, Hub id (`org/name`), or `emma-tiny` for the one that ships.
+        device: such as `cpu` or `cuda:1`. Default: `cuda` where there is one, else `cpu`.
         dtype: dtype of the computation: a dtype, its name, or `auto` for that of the weights.
         quantization: `4bit` or `8bit`: quantize the language model while loading. Default: as stored.
         revision: branch, tag or commit of a Hub repository. Default: the main branch.

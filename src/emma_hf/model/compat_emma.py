@@ -41,15 +41,17 @@ def untested_warning(version: str) -> str | None:
     oldest = OLDEST_TESTED_TRANSFORMERS[min(max(release[0], 4), 5)]
     if release[:2] > numbers(newest):
         reason = f"newer than {newest}, the newest"
+        remedy = (
+            "Update EMMA (`pip install --upgrade emma-hf`; with `trust_remote_code`, load the newest revision of the "
+            f'model), or `pip install "transformers=={newest}.*"`. If EMMA is up to date and fails, tell its authors.'
+        )
     elif release < numbers(oldest):
         reason = f"older than {oldest}, the oldest {oldest[0]}.x"
+        remedy = f'Update Transformers: `pip install "transformers=={newest}.*"`.'
     else:
         return None
-    return (
-        f"This is Transformers {version}, which is {reason} that EMMA is tested on: it may fail or answer wrongly. "
-        "Update EMMA (`pip install --upgrade emma-hf`; with `trust_remote_code`, load the newest revision of the "
-        f'model), or `pip install "transformers=={newest}.*"`. If EMMA is up to date and fails, tell its authors.'
-    )
+    known = f"This is Transformers {version}, which is {reason} that EMMA is tested on"
+    return f"{known}: it may fail or answer wrongly. {remedy}"
 
 
 # The code files in a Hub folder come without pip's limits. Several copies of this file in one process (the package's,

@@ -390,7 +390,8 @@ def _open(image: str | os.PathLike | bytes) -> Image.Image:
         raise EmmaError(f"{shown} is not a picture that Pillow can read. Give a PNG, JPEG or similar.") from error
     except Exception as error:
         # Broken files make decoders and network libraries fail in many ways; all of them mean the same here.
-        raise EmmaError(f"The picture {shown} cannot be read ({error}). Is it complete?") from error
+        remedy = "Check the address, and that a picture is there." if "://" in shown else "Is it complete?"
+        raise EmmaError(f"The picture {shown} cannot be read ({error}). {remedy}") from error
 
 
 def _path_or_buffer(image: str | os.PathLike) -> Path | BytesIO:

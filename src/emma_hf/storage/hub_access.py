@@ -17,11 +17,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .. import EMMA_TINY
 from ..model.errors_emma import EmmaError, HubError, HubNotFoundError
 
 _UNREACHABLE = (
     "The Hub cannot be reached to {action} {repo_id} ({reason}). Check the network, and HF_ENDPOINT if you set it."
-    "{remedy}"
+    "{folder}{remedy}"
 )
 # Error of the Hub's library, error of this package, message. The first rule that fits holds, so a subclass stands
 # above its base class.
@@ -66,7 +67,7 @@ def resolve(
     """The folder that `source` names; a Hub repository is first downloaded into the cache.
 
     Args:
-        source: a folder, or a Hub id (`org/name`).
+        source: a folder, a Hub id (`org/name`), or `emma-tiny` for the one that ships.
         patterns: glob patterns of the files to download. Default: all.
         revision: branch, tag or commit of a Hub id. Default: its main branch.
         token: for a Hub id. Default: the one of the environment.
@@ -77,6 +78,8 @@ def resolve(
         HubError: no network, or no right to read.
         EmmaError: a folder with a `revision`.
     """
+    if str(source) == EMMA_TINY.name and not Path(source).is_dir():
+        return EMMA_TINY
     if Path(source).is_dir():
         if revision is not None:
             raise EmmaError(f"A folder has no revisions: got {revision!r} with {source}. Leave `revision` out.")
@@ -127,6 +130,7 @@ def hub_errors(repo_id: str, revision: str | None = None, action: str = "read") 
                 revision=revision,
                 status=_status_of(error),
                 reason=" ".join(str(error).split())[:200] or type(error).__name__,
+                folder="" if action == "write" else " If you meant a folder: there is none of that name.",
                 remedy=remedy if action == "write" else "",
             )
         ) from error

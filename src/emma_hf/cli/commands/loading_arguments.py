@@ -17,7 +17,7 @@ QUANTIZATIONS = ("4bit", "8bit")
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--device`, `--dtype`, `--quantization` and `--visual-tokens`."""
-    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest there is)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda where there is one, else cpu)")
     parser.add_argument(
         "--dtype",
         default="auto",
