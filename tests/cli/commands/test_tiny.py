@@ -13,7 +13,7 @@ from emma_hf.cli import main
         (["draw", "x.png", "--side", "2"], "`--side` must be at least 16 pixels: got 2."),
         (["draw", "x.png", "--side", "100000"], "`--side` must be at most 4096 pixels: got 100000."),
         (["evaluate", "--model", "m", "--questions", "0"], "`--questions` must be at least 1"),
-        (["draw", "no/such/folder/x.png"], "no/such/folder"),
+        (["draw", "no/such/folder/x.png"], "a folder that exists: there is none at no/such/folder. Create it first."),
         (["draw", "x.png", "--seed", "-1"], "`--seed` must be at least 0: got -1."),
         (["train", "x", "--seed", "3472"], "`--seed` must be 0 to 3471: got 3472."),
         (["evaluate", "--seed", "50"], "`--seed` must be 0 to 49: got 50."),

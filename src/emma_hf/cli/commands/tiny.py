@@ -83,6 +83,9 @@ def _check_draw(args: argparse.Namespace) -> None:
         raise EmmaError(f"`--side` must be at least {SMALLEST_SIDE} pixels: got {args.side}.")
     if args.side > LARGEST_SIDE:
         raise EmmaError(f"`--side` must be at most {LARGEST_SIDE} pixels: got {args.side}.")
+    folder = Path(args.output).parent
+    if not folder.is_dir():
+        raise EmmaError(f"IMAGE must be in a folder that exists: there is none at {folder}. Create it first.")
 
 
 def _draw(args: argparse.Namespace) -> None:
