@@ -262,6 +262,9 @@ def test_broken_and_missing_files_are_named(small, reference, tmp_path):
         small(tmp_path / "none.png")
     with pytest.raises(FileNotFoundError, match="There is no picture at"):
         small(str(tmp_path))
+    # Nothing listens there.
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/a\.png' cannot be read .* Check the address"):
+        small("http://127.0.0.1:9/a.png")
     data = (reference / "images" / "photo.jpg").read_bytes()
     for cut in (len(data) // 2, 100):
         path = tmp_path / "cut.jpg"

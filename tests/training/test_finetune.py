@@ -207,6 +207,18 @@ def test_the_result_can_be_pushed(train, monkeypatch):
     assert pushed
 
 
+def test_the_merged_model_of_an_earlier_start_is_not_pushed(train, monkeypatch, tmp_path):
+    merged, seen = tmp_path / "out" / "merged", []
+    monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(transformers.Trainer, "push_to_hub", lambda self, *args, **kwargs: seen.append(merged.exists()))
+    for _ in range(2):
+        assert train("lora", "--push-to-hub", "--lora_r", "2", *options(1, 1e-4)) == 0
+        assert (merged / "config.json").is_file()
+    assert seen
+    assert not any(seen)
+
+
 def test_the_help_names_the_arguments(capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])

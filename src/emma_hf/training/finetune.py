@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
         if eval_data.skipped_rows != known:
             report_skipped_rows(eval_data)
     merged = Path(args.output_dir) / "merged"
-    if trainer.is_world_process_zero():
+    if script.stage == "lora" and trainer.is_world_process_zero():
         # Of an earlier start. `save_model` pushes the whole folder.
         shutil.rmtree(merged, ignore_errors=True)
     trainer.save_model()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import EMMA_TINY
@@ -51,7 +52,7 @@ def add_commands(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> None:
     words = [decode(word) for word in args.words]
     args.model = words.pop(0) if len(words) % 2 else str(EMMA_TINY)
-    if args.model == EMMA_TINY.name:
+    if args.model == EMMA_TINY.name and not Path(args.model).is_dir():
         args.model = str(EMMA_TINY)
     args.pairs = list(zip(words[::2], words[1::2]))
     if len(args.pairs) > MOST_EXAMPLES:
